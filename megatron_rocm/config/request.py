@@ -1,0 +1,159 @@
+"""RunRequest: only what was said, typed and checked by name, with where it was said."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import shlex
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_rocm.config.schema import OTHERS, Variable, variables
+from megatron_rocm.errors import UsageError
+
+# A secret on a command line is readable by every user of the machine.
+ENVIRONMENT_ONLY = ("HF_TOKEN", "WANDB_API_KEY")
+
+
+@dataclass(frozen=True)
+class Said:
+    """One value somebody gave: as typed, as text, and where."""
+
+    value: Any
+    text: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What was said for a run of `family`. `said` is keyed by variable name, `exports` are library settings."""
+
+    family: str
+    said: Mapping[str, Said]
+    exports: Mapping[str, str]
+
+    def text(self, name: str, default: str = "") -> str:
+        """The value of `name` as text."""
+        return self.said[name].text if name in self.said else default
+
+    def command(self, **changes: str | int) -> str:
+        """The line to type for this request with `changes`: a shell command, quoted; secrets are left out."""
+        pairs = {name: said.text for name, said in self.said.items() if name not in (*ENVIRONMENT_ONLY, "DRY_RUN", "TARGET")}
+        pairs |= dict(self.exports) | {name: str(value) for name, value in changes.items()}
+        words = [f"{name}={shlex.quote(value)}" for name, value in pairs.items()]
+        return " ".join([*words, "bash", f"examples/llama/train_{self.family}.sh"])
+
+
+def read(
+    family: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    library_prefixes: tuple[str, ...] = (),
+) -> RunRequest:
+    """The request of a command line. Arguments win over the environment, that over YAML files, and what comes later over what came earlier.
+
+    `arguments` are KEY=VALUE pairs and names of YAML files with the same keys; a name that begins with one of
+    `library_prefixes` is handed on to the run's processes. Raises UsageError for an unknown key or a wrong value.
+    """
+    pairs = [pair for argument in arguments if "=" not in argument for pair in _yaml(argument)]
+    pairs += [(name, environment[name], "environment") for name in _NAMES if environment.get(name)]
+    pairs += [(*argument.split("=", 1), "argument") for argument in arguments if "=" in argument]  # type: ignore[misc]
+    texts: dict[str, tuple[str, str]] = {}
+    exports = {}
+    for name, text, origin in pairs:
+        if name in ENVIRONMENT_ONLY and origin != "environment":
+            raise UsageError(f"{name}: a secret given as an argument shows in the process list; say `export {name}=…`")
+        if name in _NAMES:
+            texts[name] = (text, origin)
+        elif name.startswith(library_prefixes) and library_prefixes:
+            exports[name] = text
+        else:
+            raise UsageError(f"{name}={text}: unknown key ({origin}); {nearest(name, _NAMES)}")
+    said = {
+        name: Said(_value(name, text), text, origin) for name, (text, origin) in texts.items() if text != ""
+    }  # an empty value is an unset one, as in the guide's `${KEY:-default}`
+    return RunRequest(family, said, exports)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A sentence that names what was probably meant."""
+    close = difflib.get_close_matches(name.upper(), list(names), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else "`--help` lists every key"
+
+
+def _yaml(file: str) -> list[tuple[str, str, str]]:
+    """The keys of one YAML file as (name, text, origin)."""
+    import yaml
+
+    if not file.endswith((".yaml", ".yml")):
+        raise UsageError(f"{file}: neither KEY=VALUE nor a .yaml file")
+    try:
+        content = yaml.safe_load(Path(file).read_text()) or {}
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or any(isinstance(value, (dict, list)) for value in content.values()):
+        raise UsageError(f"{file}: expected one `KEY: value` a line")
+    return [
+        (str(key), "" if value is None else str(int(value)) if isinstance(value, bool) else str(value), file)
+        for key, value in content.items()
+    ]
+
+
+def _value(name: str, text: str) -> Any:
+    """`text` as the type of variable `name`."""
+    if any(ord(character) < 32 for character in text):
+        raise UsageError(f"{name}={text!r}: control characters can't be part of a value")
+    other = _OTHERS.get(name)
+    if other is not None:
+        if other.passes is not None and text not in other.passes:
+            wanted = f"; {name} takes {' or '.join(other.passes)}" if other.passes else ""
+            raise UsageError(f"{name}={text}: {other.note or 'wrong value'}{wanted}")
+        return text
+    variable = _VARIABLES[name]
+    if name in ("DATA_PATH", "MODEL_SIZE"):  # resolved against files and families
+        return text
+    try:
+        value = _adapter(variable).validate_python(text)
+    except ValidationError:
+        raise UsageError(f"{name}={text}: must be {describe(variable)} ({variable.help})") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name}={text}: must be {describe(variable)} ({variable.help})")
+    return value
+
+
+def _adapter(variable: Variable) -> TypeAdapter[Any]:
+    kind: Any = variable.info.annotation
+    for limit in variable.info.metadata:
+        kind = typing.Annotated[kind, limit]
+    return TypeAdapter(kind)
+
+
+def describe(variable: Variable) -> str:
+    """The values a variable takes, in words."""
+    kind: Any = variable.info.annotation
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    words = {int: "a whole number", float: "a number", bool: "0 or 1"}.get(kind, "text without spaces")
+    limits = []
+    for limit in variable.info.metadata:
+        for of, attribute, phrase in _LIMITS:
+            if isinstance(limit, of):
+                limits.append(f"{phrase} {getattr(limit, attribute)}")
+    return " ".join([words, " and ".join(limits)]).strip()
+
+
+_LIMITS = ((Ge, "ge", "of at least"), (Gt, "gt", "above"), (Le, "le", "of at most"), (Lt, "lt", "below"))
+_VARIABLES = {variable.name: variable for variable in variables()}
+_OTHERS = {other.name: other for other in OTHERS}
+_NAMES = (*_VARIABLES, *_OTHERS)

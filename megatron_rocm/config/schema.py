@@ -1,0 +1,351 @@
+"""The schema: every variable a person can type, and the frozen, hashed RunConfig that workers receive.
+
+A field that people can set carries its variable's name, state and note (`var`); a field without one is
+derived by `resolve`. Help texts, the docs' table and the parser are made from these declarations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+# What a variable that AMD's guide knows does here.
+WORKS = "works"  # as users of the guide know it
+REPAIRED = "repaired"  # works, where the guide's scripts get it wrong
+NO_EFFECT = "accepted without effect"
+REFUSED = "refused"
+OURS = "ours"  # not in the guide
+
+BY_RULE: Any = PydanticUndefined  # no default: `resolve` computes it; `default_text` says how
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One name people can type, as KEY=VALUE, in the environment or in a YAML file."""
+
+    name: str
+    section: str
+    help: str
+    default: Any
+    default_text: str
+    state: str
+    note: str
+    info: FieldInfo
+
+
+def var(
+    name: str,
+    default: Any,
+    help: str,
+    *,
+    text: str = "",
+    state: str = WORKS,
+    note: str = "",
+    **limits: Any,
+) -> Any:
+    """A field that people set as `name`. `text` describes a default that is computed; `limits` go to pydantic."""
+    meta = {"var": name, "text": text, "state": state, "note": note}
+    return Field(default, description=help, json_schema_extra=meta, **limits)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Model(Section):
+    """The network's shape. Sizes in numbers of elements."""
+
+    family: Literal["llama2", "llama3"]
+    size: str = var(
+        "MODEL_SIZE", BY_RULE, "size of the model: its billions of parameters, or `tiny`",
+        text="70; the largest that fits the GPUs; tiny without a GPU",
+    )  # fmt: skip
+    title: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int = Field(description="ids the tokenizer knows")
+    padded_vocab_size: int = Field(description="rows of the embedding: vocab_size up to a multiple of 128·TP")
+    max_position_embeddings: int
+    rotary_base: int
+    rope_scaling: bool = var(
+        "ROPE_SCALING", BY_RULE, "stretch the rotary embedding as Llama 3.1 and 3.2 do",
+        text="as the published model", state=OURS,
+    )  # fmt: skip
+    rope_scaling_factor: float
+    tied_embeddings: bool
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+
+
+class Parallel(Section):
+    """How the model and the batch are laid out over the processes."""
+
+    nnodes: int = var("NNODES", 1, "number of nodes", ge=1)
+    gpus_per_node: int = var(
+        "GPUS_PER_NODE", BY_RULE, "processes per node", text="the GPUs it has; TP·PP·CP on a CPU",
+        state=OURS, ge=1,
+    )  # fmt: skip
+    world_size: int
+    tp: int = var("TP", BY_RULE, "tensor parallel size", text="8, at most the GPUs of a node; 1 on a CPU", ge=1)
+    pp: int = var("PP", BY_RULE, "pipeline parallel size", text="1; 8 for 405", ge=1)
+    vpp: int = var("VPP", 1, "model chunks per pipeline stage (interleaved schedule); 1 is off", state=OURS, ge=1)
+    cp: int = var("CP", 1, "context parallel size", ge=1)
+    dp: int
+    sequence_parallel: bool = var("SEQ_PARALLEL", True, "split the sequence in norms and dropouts too; needs TP > 1")
+    fsdp: bool = var(
+        "FSDP", False, "PyTorch FSDP-v2 instead of the distributed optimizer; turns TP and SEQ_PARALLEL off",
+        state=REPAIRED, note="saves and resumes; the guide's script trips over its own CKPT_FORMAT default",
+    )  # fmt: skip
+    distributed_optimizer: bool = Field(description="optimizer state sharded over data parallel ranks")
+    overlap_grad_reduce: bool = var(
+        "OVERLAP_GRAD_REDUCE", BY_RULE, "reduce gradients while the backward pass runs", text="1 where DP > 1",
+        state=OURS,
+    )  # fmt: skip
+    overlap_param_gather: bool = var(
+        "OVERLAP_PARAM_GATHER", BY_RULE, "gather parameters while the forward pass runs",
+        text="1 with the distributed optimizer where DP > 1", state=OURS,
+    )  # fmt: skip
+    count_embedding_and_loss: bool = Field(
+        description="embedding and loss count as a layer each when layers are dealt out to the pipeline stages"
+    )
+
+
+class Precision(Section):
+    dtype: Literal["bf16", "fp32", "fp16"] = var(
+        "PRECISION", BY_RULE, "bf16 (FP32 master weights) or fp32; fp16 is refused for now", text="bf16; fp32 for tiny on a CPU",
+        state=OURS,
+    )  # fmt: skip
+    grad_reduce_in_bf16: bool = var(
+        "GRAD_REDUCE_IN_BF16", False, "reduce gradients in BF16 instead of FP32",
+        note="off unless asked for: FP32 is what converges; the guide's Llama 3 script has 1",
+    )  # fmt: skip
+    gradient_accumulation_fusion: bool = var(
+        "GRADIENT_ACCUMULATION_FUSION", True, "fuse weight gradients into their accumulation",
+        note="where Transformer Engine is used",
+    )  # fmt: skip
+    rope_fusion: bool = var("ROPE_FUSION", True, "fused rotary embedding", note="where Transformer Engine is used")
+    fused_single_qkv_rope: bool = var(
+        "FUSED_SINGLE_QKV_ROPE", True, "rotary embedding on the undivided QKV", note="where Transformer Engine is used"
+    )
+    cross_entropy_loss_fusion: bool = var(
+        "CROSS_ENTROPY_LOSS_FUSION", True, "fused cross entropy",
+        note="on a GPU, in bf16: in fp32 megatron-core's fused kernel rounds gradients to BF16",
+    )  # fmt: skip
+    cross_entropy_fusion_impl: Literal["te", "native"] = var(
+        "CROSS_ENTROPY_FUSION_IMPL", "te", "whose fused cross entropy", note="native where Transformer Engine is missing"
+    )
+    flash_attention: bool = var(
+        "USE_FLASH_ATTN", BY_RULE, "flash attention instead of Transformer Engine's fused one",
+        text="1 for Llama 2, 0 for Llama 3", note="without Transformer Engine always torch's own flash kernel",
+    )  # fmt: skip
+
+
+class Training(Section):
+    micro_batch_size: int = var("MBS", 1, "sequences per process and micro batch", ge=1)
+    global_batch_size: int = var(
+        "BS", BY_RULE, "sequences per step over all processes",
+        text="8, or the next multiple of MBS·DP·PP", ge=1,
+    )  # fmt: skip
+    num_micro_batches: int
+    seq_length: int = var("SEQ_LENGTH", BY_RULE, "tokens per sequence", text="2048; 4096 for Llama 2; 256 for tiny", ge=1)
+    train_iters: int = var("TOTAL_ITERS", 12, "steps to train, counted from the very first", ge=1)
+    seed: int = var("SEED", 1234, "seed of weights, data order and dropout", state=OURS, ge=0, lt=2**31)
+    recompute: bool = var("RECOMPUTE", False, "recompute activations of whole layers in the backward pass")
+    recompute_num_layers: int | None = var(
+        "RECOMPUTE_NUM_LAYERS", BY_RULE, "layers per pipeline stage and chunk to recompute, with RECOMPUTE=1",
+        text="all of them", state=REPAIRED, note="honoured: the guide's training scripts never read it", ge=1,
+    )  # fmt: skip
+
+
+class Optimizer(Section):
+    name: Literal["adam", "sgd"] = var("OPTIMIZER", "adam", "adam (AdamW) or sgd (momentum 0.9)")
+    lr: float = var("LR", BY_RULE, "peak learning rate", text="1e-4; 3e-3 for tiny", state=OURS, gt=0, lt=10)
+    min_lr: float = var("MIN_LR", BY_RULE, "learning rate where the decay ends", text="LR / 10", state=OURS, ge=0)
+    lr_warmup_iters: int = var("LR_WARMUP_ITERS", BY_RULE, "steps of linear warmup", text="0", state=OURS, ge=0)
+    lr_decay_iters: int = var(
+        "LR_DECAY_ITERS", BY_RULE, "step where the cosine decay ends", text="TOTAL_ITERS", state=OURS, ge=1
+    )
+    weight_decay: float = var("WEIGHT_DECAY", 0.1, "decoupled weight decay", state=OURS, ge=0, le=1)
+    adam_beta1: float = var("ADAM_BETA1", 0.9, "Adam's first moment decay", state=OURS, ge=0, lt=1)
+    adam_beta2: float = var("ADAM_BETA2", 0.95, "Adam's second moment decay", state=OURS, ge=0, lt=1)
+    adam_eps: float = var("ADAM_EPS", 1e-8, "Adam's epsilon", state=OURS, gt=0, lt=1)
+    clip_grad: float = var("CLIP_GRAD", 1.0, "clip the gradient's norm to this; 0 is off", state=OURS, ge=0)
+
+
+class Data(Section):
+    blend: tuple[tuple[float, str], ...] | None = var(
+        "DATA_PATH", None, "prefix of a .bin/.idx pair, or `weight prefix weight prefix …`", text="mock data"
+    )
+    split: str = var("SPLIT", "99,1,0", "shares of training, validation and test documents", state=OURS)
+    cache_path: str | None = var(
+        "DATA_CACHE_PATH", BY_RULE, "folder for index files, shared by all nodes", text="`cache` beside the first prefix"
+    )
+    tokenizer_type: Literal["HuggingFaceTokenizer", "Llama2Tokenizer"] = var(
+        "TOKENIZER_TYPE", "HuggingFaceTokenizer", "HuggingFaceTokenizer or Llama2Tokenizer (a SentencePiece file)"
+    )
+    tokenizer_model: str | None = var(
+        "TOKENIZER_MODEL", BY_RULE, "tokenizer the data was made with: a folder, a file or a hub name",
+        text="what the data was made with; without data none is needed",
+    )  # fmt: skip
+    eod: int = Field(description="id that ends a document")
+
+
+class Checkpoint(Section):
+    save: str | None = var(
+        "SAVE_CKPT_PATH", None, "folder for checkpoints; a run resumes from what it finds there", text="nothing is saved",
+        state=REPAIRED, note="holds optimizer, scheduler, RNG and data position too, so that resume is exact",
+    )  # fmt: skip
+    load: str | None = var(
+        "LOAD_CKPT_PATH", None, "checkpoint folder to start from where SAVE_CKPT_PATH holds none", text="none",
+        state=REPAIRED, note="loads the whole state; the guide's scripts drop optimizer and RNG",
+    )  # fmt: skip
+    save_interval: int = var("SAVE_INTERVAL", 5000, "steps between checkpoints", ge=1)
+    save_timeout: int = var("SAVE_TIMEOUT", 1800, "seconds after which a save that hangs ends the run", state=OURS, ge=1)
+
+
+class Logging(Section):
+    log_interval: int = var("LOG_INTERVAL", 1, "steps between log lines", ge=1)
+    eval_interval: int = var("EVAL_INTERVAL", 5000, "steps between evaluations", ge=1)
+    eval_iters: int = var("EVAL_ITERS", -1, "global batches per evaluation; 0 or -1 is none", ge=-1)
+    tensorboard: bool = var("TENSORBOARD", True, "write TensorBoard events into the run folder", state=OURS)
+    wandb: bool = Field(description="log to Weights & Biases: WANDB_API_KEY is set")
+    wandb_project: str = var("WANDB_PROJECT", "megatron-rocm", "Weights & Biases project", state=OURS)
+
+
+class Launch(Section):
+    """What may differ from node to node; left out of the hash."""
+
+    node_rank: int = var("NODE_RANK", 0, "this node's number, 0 is the master", ge=0)
+    master_addr: str = var(
+        "MASTER_ADDR", "localhost", "host name or address of node 0", pattern=r"^[\w.:%\[\]-]+$"
+    )
+    master_port: int = var("MASTER_PORT", BY_RULE, "TCP port on node 0", text="6000; 6020 for Llama 2", ge=1, le=65535)
+    rdzv_timeout: int = var("RDZV_TIMEOUT", 600, "seconds to wait for the other nodes", state=OURS, ge=5)
+    exp_name: str = var(
+        "EXP_NAME", "perf", "name of the run: output_<EXP_NAME>.log in the run folder", pattern=r"^[\w.+-]+$"
+    )
+    log_dir: str = var("LOG_DIR", BY_RULE, "run folder", text="experiment/<what>/<precision>/<time>")
+    tee_output: bool = var("TEE_OUTPUT", True, "show the log as well as writing it to the run folder")
+    no_training: bool = var("NO_TRAINING", False, "train nothing, print the summary of LOG_DIR's log")
+
+
+class Hardware(Section):
+    """What the run was resolved for."""
+
+    vendor: Literal["amd", "nvidia", "cpu"]
+    arch: str
+    gpu_memory: int = Field(description="bytes per GPU; on a CPU the node's memory")
+    tier: Literal["torch", "te"] = Field(description="torch: megatron-core's local layers; te: Transformer Engine's")
+    threads: int = Field(description="CPU threads per process")
+
+
+class RunConfig(Section):
+    """A resolved run. Frozen; equal hashes mean equal runs."""
+
+    model: Model
+    parallel: Parallel
+    precision: Precision
+    training: Training
+    optimizer: Optimizer
+    data: Data
+    checkpoint: Checkpoint
+    logging: Logging
+    hardware: Hardware
+    launch: Launch
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits over everything but the node-local launch section."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"launch"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON with its hash; whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps({"hash": self.hash, **self.model_dump(mode="json")}, indent=1) + "\n")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Read what `save` wrote. Raises ValueError where the text does not have the hash it names."""
+        fields = json.loads(Path(path).read_text())
+        said = fields.pop("hash")
+        run = cls.model_validate(fields)
+        if run.hash != said:
+            raise ValueError(f"{path}: the configuration was changed by hand (hash {run.hash}, file says {said})")
+        return run
+
+
+@dataclass(frozen=True)
+class Other:
+    """A variable of the guide's without a field here: what values pass, and what is said of the others."""
+
+    name: str
+    default: str
+    help: str
+    state: str
+    note: str
+    passes: tuple[str, ...] | None = None  # None: any value
+
+
+LATER = "not in this version"
+
+OTHERS = (
+    Other("MOCK_DATA", "", "1: mock data, 0: DATA_PATH is needed", WORKS, "older scripts' word for DATA_PATH unset", ("0", "1")),
+    Other("MCORE", "1", "megatron-core's models", NO_EFFECT, "there are no others upstream; MCORE=0 is refused", ("1",)),
+    Other("GEMM_TUNING", "1", "Transformer Engine's GEMM auto-selection", WORKS, "AMD with Transformer Engine", ("0", "1")),
+    Other("CKPT_FORMAT", "torch_dist", "checkpoint format", REPAIRED, "torch_dist is the one there is: `torch` belongs to Megatron-LM's own trainer", ("torch_dist",)),
+    Other("HF_TOKEN", "", "Hugging Face token for a gated tokenizer", WORKS, "from the environment only"),
+    Other("WANDB_API_KEY", "", "turns Weights & Biases on", WORKS, "from the environment only; needs `pip install megatron-rocm[wandb]`"),
+    Other("DDP_AVERAGE_IN_COLLECTIVE", "1", "average gradients inside the collective", NO_EFFECT, "the loss is divided once, by the step's token count, which is the same in every layout", ("0", "1")),
+    Other("TE_FP8", "0", "FP8 through Transformer Engine", REFUSED, f"FP8 is {LATER}", ("0",)),
+    Other("TE_FP8_RECIPE", "delayed", "FP8 scaling recipe", NO_EFFECT, "read with TE_FP8=1 only", ("delayed", "tensorwise", "blockwise", "mxfp8")),
+    Other("FP8_PARAM_GATHER", "0", "gather parameters in FP8", REFUSED, f"FP8 is {LATER}", ("0",)),
+    Other("FP8_TRANSPOSE_CACHE", "0", "keep FP8 transposes", REFUSED, f"FP8 is {LATER}", ("0",)),
+    Other("TE_FP4", "0", "FP4 through Transformer Engine", REFUSED, "a kernel of AMD's fork that upstream does not have", ("0",)),
+    Other("TE_FP4_RECIPE", "nvfp4", "FP4 recipe", NO_EFFECT, "read with TE_FP4=1 only", ("nvfp4", "mxfp4")),
+    Other("FP4_PARAM_GATHER", "0", "gather parameters in FP4", REFUSED, "FP4 has no counterpart upstream", ("0",)),
+    Other("FP4_SELECTIVE_BF16", "0", "some layers in BF16", NO_EFFECT, "read with TE_FP4=1 only", ("0", "1")),
+    Other("FP4_BF16_START", "2", "first layers in BF16", NO_EFFECT, "read with TE_FP4=1 only"),
+    Other("FP4_BF16_END", "8", "last layers in BF16", NO_EFFECT, "read with TE_FP4=1 only"),
+    Other("MEGATRON_FSDP", "0", "Megatron-FSDP", REFUSED, f"Megatron-FSDP is {LATER}: FSDP=1 is PyTorch's", ("0",)),
+    Other("ENABLE_HSDP", "0", "FSDP within, replicas across groups", REFUSED, f"HSDP is {LATER}", ("0",)),
+    Other("HSDP_NUM_REPLICAS", "2", "replicas of HSDP", NO_EFFECT, "read with ENABLE_HSDP=1 only"),
+    Other("CONTI_PARAMS", "0", "contiguous parameters in local DDP", REFUSED, "upstream's gradient buffers are always contiguous; the option is gone", ("0",)),
+    Other("ENABLE_PROFILING", "0", "torch profiler", REFUSED, f"profiling is {LATER}", ("0",)),
+    Other("TARGET", "", "plan for another machine: mi250x mi300x mi325x mi355x a100 h100 h200 b200 cpu", OURS, "with DRY_RUN=1"),
+    Other("DRY_RUN", "0", "1: print configuration, environment and command, start nothing", OURS, "", ("0", "1")),
+)  # fmt: skip
+
+
+def variables() -> Iterator[Variable]:
+    """Every variable that has a field, in the order of the schema."""
+    for section, section_field in RunConfig.model_fields.items():
+        kind = section_field.annotation
+        assert isinstance(kind, type) and issubclass(kind, Section)
+        for info in kind.model_fields.values():
+            meta = info.json_schema_extra
+            if isinstance(meta, dict) and "var" in meta:
+                text = str(meta["text"]) or _shown(info.default)
+                yield Variable(
+                    str(meta["var"]), section, info.description or "", info.default, text, str(meta["state"]),
+                    str(meta["note"]), info,
+                )  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else f"{value}"

@@ -1,0 +1,80 @@
+"""Environment settings as data: what a run's processes are given unless the user has set it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.platform.machine import Machine
+
+When = Callable[[RunConfig, Machine], bool]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One variable: set to `value` where `when` holds. `source` says who recommends it."""
+
+    name: str
+    value: str | Callable[[RunConfig, Machine], str]
+    why: str
+    source: str
+    when: When
+
+
+def on(*, vendor: str | None = None, tier: str | None = None, multi_node: bool | None = None) -> When:
+    """A condition over vendor, tier and number of nodes; None does not matter."""
+
+    def holds(run: RunConfig, machine: Machine) -> bool:
+        wanted = ((vendor, machine.vendor), (tier, machine.tier), (multi_node, run.parallel.nnodes > 1))
+        return all(want is None or want == have for want, have in wanted)
+
+    return holds
+
+
+def _gpu(run: RunConfig, machine: Machine) -> bool:
+    return machine.vendor != "cpu"
+
+
+_SCRIPT = "ROCm/Megatron-LM examples/llama/train_llama3.sh"
+
+SETTINGS = (
+    Setting("OMP_NUM_THREADS", lambda run, machine: str(run.hardware.threads), "cores divided by processes, so that they don't wait for each other", "measured: two busy processes with all cores each are 28 times slower", on()),
+    Setting("TOKENIZERS_PARALLELISM", "false", "no threads that a fork would break", _SCRIPT, on()),
+    Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start in order, which TP and CP overlap relies on", "megatron/core/tensor_parallel/layers.py", lambda run, machine: _gpu(run, machine) and not run.parallel.fsdp),
+    Setting("CUDA_VISIBLE_DEVICES", "", "TARGET=cpu leaves this machine's GPUs alone", "CUDA and HIP runtimes", lambda run, machine: machine.hidden_gpus),
+    Setting("TORCH_NCCL_HIGH_PRIORITY", "1", "communication streams go before compute", _SCRIPT, _gpu),
+    Setting("NCCL_CHECKS_DISABLE", "1", "no argument checks in the hot path", _SCRIPT, _gpu),
+    Setting("NCCL_CROSS_NIC", "0", "rings stay on their network card", _SCRIPT, lambda run, machine: _gpu(run, machine) and run.parallel.nnodes > 1),
+    Setting("GPU_MAX_HW_QUEUES", "2", "copies overlap with compute without a queue each", _SCRIPT, on(vendor="amd")),
+    Setting("HSA_NO_SCRATCH_RECLAIM", "1", "scratch memory is kept instead of being handed back at each kernel", _SCRIPT, on(vendor="amd")),
+    Setting("RCCL_MSCCL_ENABLE", "0", "MSCCL's algorithms are slower on these messages", _SCRIPT, on(vendor="amd")),
+    Setting("NVTE_CK_USES_BWD_V3", "1", "assembly kernels for attention's backward pass", "ROCm/Megatron-LM examples/llama/train_llama_slurm.sh", on(vendor="amd", tier="te")),
+    Setting("NVTE_USE_CAST_TRANSPOSE_TRITON", "1", "Triton's cast-transpose", "ROCm/Megatron-LM examples/llama/train_llama_slurm.sh", on(vendor="amd", tier="te")),
+)  # fmt: skip
+
+GEMM_TUNING = (
+    Setting("TE_HIPBLASLT_TUNING_RUN_COUNT", "10", "GEMM_TUNING=1: runs per candidate kernel", _SCRIPT, on(vendor="amd", tier="te")),
+    Setting("TE_HIPBLASLT_TUNING_ALGO_COUNT", "50", "GEMM_TUNING=1: candidate kernels per shape", _SCRIPT, on(vendor="amd", tier="te")),
+)  # fmt: skip
+
+# Names of libraries that a KEY=VALUE argument may set as well as the environment.
+LIBRARY_PREFIXES = (
+    "NCCL_", "RCCL_", "MSCCLPP_", "GLOO_", "TORCH_", "TORCHELASTIC_", "PYTORCH_", "NVTE_", "TE_HIPBLASLT_", "HIPBLASLT_", "ROCBLAS_",
+    "HSA_", "HIP_", "ROCR_", "CUDA_", "GPU_MAX_HW_QUEUES", "OMP_", "MKL_", "UCX_", "FI_", "HF_", "AITER_", "CK_TILE_",
+)  # fmt: skip
+
+
+def environment(
+    run: RunConfig, machine: Machine, said: Mapping[str, str], gemm_tuning: bool = True
+) -> dict[str, tuple[str, str]]:
+    """Variable → (value, why) for a run's processes. A name in `said` (the user's) keeps the user's value."""
+    rows = SETTINGS + (GEMM_TUNING if gemm_tuning else ())
+    result = {}
+    for row in rows:
+        if not row.when(run, machine):
+            continue
+        value = row.value if isinstance(row.value, str) else row.value(run, machine)
+        forced = row.name == "CUDA_VISIBLE_DEVICES"  # the mask of TARGET=cpu is what TARGET=cpu means
+        result[row.name] = (said[row.name], "set by you") if row.name in said and not forced else (value, row.why)
+    return result

@@ -1,0 +1,212 @@
+"""What combines with what: one row a rule; the check, the message and the docs' table are made from it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rocm.config.presets import Preset
+from megatron_rocm.errors import UsageError
+from megatron_rocm.platform.machine import Machine
+from megatron_rocm.plan.memory import layers_per_chunk
+
+
+class TooFewProcesses(UsageError):
+    """The layout asks for more processes than there are: more nodes would do."""
+
+
+class Draft:
+    """A run while it is resolved: values by variable name, where each came from, and what was adjusted."""
+
+    def __init__(self, preset: Preset, machine: Machine) -> None:
+        self.preset = preset
+        self.machine = machine
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        self.notes: list[str] = []
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def set(self, name: str, value: Any, origin: str) -> None:
+        self.values[name] = value
+        self.origins[name] = origin
+
+    def default(self, name: str, value: Any, origin: str = "default") -> None:
+        """Give `name` a value unless it has one."""
+        if name not in self.values:
+            self.set(name, value, origin)
+
+    def adjust(self, name: str, value: Any, why: str) -> None:
+        """Change `name`; where it had been said otherwise, a line tells."""
+        if self.values.get(name) != value and self.origins.get(name, "default") not in ("default", "rule"):
+            self.notes.append(f"{name}={shown(self.values[name])} becomes {shown(value)}: {why}")
+        self.set(name, value, "rule")
+
+    @property
+    def model_parallel(self) -> int:
+        return self["TP"] * self["PP"] * self["CP"]
+
+    @property
+    def world(self) -> int:
+        return self["NNODES"] * self["GPUS_PER_NODE"]
+
+    @property
+    def dp(self) -> int:
+        return self.world // self.model_parallel
+
+    @property
+    def micro_batches(self) -> int:
+        return self["BS"] // (self["MBS"] * self.dp)
+
+    def layers(self, counted: bool) -> list[list[int]] | None:
+        """Layers per [stage][chunk], or None where they don't divide or leave a chunk empty."""
+        chunks = layers_per_chunk(self.preset.num_layers, self["PP"], self["VPP"], counted)
+        return chunks if chunks and min(min(stage) for stage in chunks) > 0 else None
+
+
+def shown(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+Test = Callable[[Draft], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where `when` holds, `must` has to; else `message` (formatted with the draft's values and `facts`) ends the run."""
+
+    keys: tuple[str, ...]
+    when: Test
+    must: Test
+    message: str
+    facts: Callable[[Draft], dict[str, Any]] = lambda draft: {}
+    error: type[UsageError] = UsageError
+
+    def check(self, draft: Draft) -> None:
+        if self.when(draft) and not self.must(draft):
+            raise self.error(self.message.format(**{k: shown(v) for k, v in draft.values.items()}, **self.facts(draft)))
+
+
+def always(draft: Draft) -> bool:
+    return True
+
+
+def never(draft: Draft) -> bool:
+    return False
+
+
+def _divisors(number: int, most: int = 64) -> Iterator[int]:
+    return (n for n in range(1, min(number, most) + 1) if number % n == 0)
+
+
+def _tp_choices(draft: Draft) -> dict[str, Any]:
+    heads, groups = draft.preset.num_attention_heads, draft.preset.num_query_groups
+    return {
+        "heads": heads,
+        "groups": groups,
+        "title": draft.preset.title,
+        "choices": ", ".join(str(n) for n in _divisors(groups) if heads % n == 0),
+    }
+
+
+def _pp_choices(draft: Draft) -> dict[str, Any]:
+    layers = draft.preset.num_layers
+    fits = [pp for pp in range(1, min(layers, 128) + 1) if _deals(layers, pp, draft["VPP"])]
+    return {"layers": layers, "title": draft.preset.title, "choices": ", ".join(map(str, fits)) or "none"}
+
+
+def _deals(layers: int, pp: int, vpp: int) -> bool:
+    if pp == 1 and vpp > 1:
+        return False
+    chunks = [layers_per_chunk(layers, pp, vpp, counted) for counted in (False, True)]
+    return any(c and min(min(stage) for stage in c) > 0 for c in chunks)
+
+
+def _parallel(draft: Draft) -> dict[str, Any]:
+    return {"mp": draft.model_parallel, "world": draft.world}
+
+
+def _batch(draft: Draft) -> dict[str, Any]:
+    unit = draft["MBS"] * draft.dp * (draft["PP"] if draft["VPP"] > 1 else 1)
+    up = -(-draft["BS"] // unit) * unit
+    down = up - unit
+    return {
+        "unit": unit, "dp": draft.dp, "choices": f"BS={up}" if down < 1 else f"BS={down} or BS={up}",
+        "micro": draft.micro_batches,
+    }  # fmt: skip
+
+
+def _sequence(draft: Draft) -> dict[str, Any]:
+    unit = sequence_unit(draft)
+    return {"unit": unit, "choice": -(-draft["SEQ_LENGTH"] // unit) * unit}
+
+
+def sequence_unit(draft: Draft) -> int:
+    """What the sequence length must be a multiple of: TP slices of each of CP's two chunks."""
+    chunks = 2 * draft["CP"] if draft["CP"] > 1 else 1
+    return chunks * (draft["TP"] if draft["SEQ_PARALLEL"] else 1)
+
+
+def _gpus(draft: Draft) -> dict[str, Any]:
+    return {"have": len(draft.machine.gpus), "machine": draft.machine.name}
+
+
+# In the order they are checked: what a single variable may be comes before what two must agree on.
+RULES = (
+    Rule(("PRECISION",), lambda d: d["PRECISION"] == "fp16", never,
+         "PRECISION=fp16: loss scaling is not in this version; use PRECISION=bf16 or PRECISION=fp32"),
+    Rule(("NODE_RANK", "NNODES"), always, lambda d: d["NODE_RANK"] < d["NNODES"],
+         "NODE_RANK={NODE_RANK}: nodes are numbered from 0, so it must be below NNODES={NNODES}"),
+    Rule(("GPUS_PER_NODE",), lambda d: d.machine.vendor != "cpu", lambda d: d["GPUS_PER_NODE"] <= len(d.machine.gpus),
+         "GPUS_PER_NODE={GPUS_PER_NODE}: this node has {have} GPUs that a process can see ({machine}); "
+         "set GPUS_PER_NODE={have} or widen the visible-devices mask", _gpus),
+    Rule(("FSDP", "PP"), lambda d: d["FSDP"], lambda d: d["PP"] == 1,
+         "PP={PP} with FSDP=1: FSDP shards over the whole node group what PP has already cut; set PP=1 or FSDP=0"),
+    Rule(("FSDP", "CP"), lambda d: d["FSDP"], lambda d: d["CP"] == 1,
+         "CP={CP} with FSDP=1: not in this version; set CP=1 or FSDP=0"),
+    Rule(("FSDP", "MODEL_SIZE"), lambda d: d["FSDP"], lambda d: not d.preset.tied_embeddings,
+         "FSDP=1 with MODEL_SIZE={MODEL_SIZE}: megatron-core's FSDP-v2 can't share the embedding with the output layer; "
+         "set FSDP=0"),
+    Rule(("TP", "MODEL_SIZE"), always,
+         lambda d: d.preset.num_attention_heads % d["TP"] == 0 and d.preset.num_query_groups % d["TP"] == 0,
+         "TP={TP} does not divide the {heads} attention heads and {groups} key-value heads of {title}: "
+         "set TP to one of {choices}", _tp_choices),
+    Rule(("VPP", "PP"), lambda d: d["VPP"] > 1, lambda d: d["PP"] > 1,
+         "VPP={VPP} with PP={PP}: model chunks interleave over pipeline stages; set PP to 2 or more, or VPP=1"),
+    Rule(("PP", "VPP", "MODEL_SIZE"), always, lambda d: d.layers(False) is not None or d.layers(True) is not None,
+         "PP={PP} with VPP={VPP} leaves a stage without layers or an uneven rest: {title} has {layers} layers, dealt out "
+         "evenly with or without embedding and loss counted as one each; with VPP={VPP}, PP can be {choices}", _pp_choices),
+    Rule(("NNODES", "GPUS_PER_NODE", "TP", "PP", "CP"), always, lambda d: d.world >= d.model_parallel,
+         "TP={TP}·PP={PP}·CP={CP} = {mp} processes, but NNODES={NNODES} × GPUS_PER_NODE={GPUS_PER_NODE} are {world}",
+         _parallel, TooFewProcesses),
+    Rule(("NNODES", "GPUS_PER_NODE", "TP", "PP", "CP"), always, lambda d: d.world % d.model_parallel == 0,
+         "TP={TP}·PP={PP}·CP={CP} = {mp} does not divide the {world} processes of NNODES={NNODES} × "
+         "GPUS_PER_NODE={GPUS_PER_NODE}: change TP, PP or CP, or the number of processes", _parallel),
+    Rule(("BS", "MBS"), always, lambda d: d["BS"] % (d["MBS"] * d.dp) == 0,
+         "BS={BS} is not a multiple of MBS={MBS} × DP={dp} = {unit}: set {choices}", _batch),
+    Rule(("BS", "VPP", "PP"), lambda d: d["VPP"] > 1, lambda d: d.micro_batches % d["PP"] == 0,
+         "BS={BS} gives {micro} micro batches, and with VPP={VPP} their number must be a multiple of PP={PP}: set {choices}",
+         _batch),
+    Rule(("SEQ_LENGTH", "TP", "CP"), always, lambda d: d["SEQ_LENGTH"] % sequence_unit(d) == 0,
+         "SEQ_LENGTH={SEQ_LENGTH} can't be cut by TP={TP} (SEQ_PARALLEL={SEQ_PARALLEL}) and CP={CP}: "
+         "set a multiple of {unit}, such as {choice}", _sequence),
+    Rule(("OVERLAP_PARAM_GATHER",), lambda d: d["OVERLAP_PARAM_GATHER"],
+         lambda d: d["OPTIMIZER"] == "adam" and not d["FSDP"] and d["OVERLAP_GRAD_REDUCE"],
+         "OVERLAP_PARAM_GATHER=1 needs the distributed optimizer (OPTIMIZER=adam, FSDP=0) and OVERLAP_GRAD_REDUCE=1: "
+         "set OVERLAP_PARAM_GATHER=0"),
+    Rule(("LR_WARMUP_ITERS", "LR_DECAY_ITERS"), always, lambda d: d["LR_WARMUP_ITERS"] < d["LR_DECAY_ITERS"],
+         "LR_WARMUP_ITERS={LR_WARMUP_ITERS} must be below LR_DECAY_ITERS={LR_DECAY_ITERS}"),
+    Rule(("MIN_LR", "LR"), always, lambda d: d["MIN_LR"] <= d["LR"],
+         "MIN_LR={MIN_LR} is above LR={LR}: the learning rate decays from LR to MIN_LR"),
+    Rule(("EVAL_ITERS", "SPLIT"), lambda d: d["EVAL_ITERS"] > 0, lambda d: d["SPLIT_SHARES"][1] > 0,
+         "EVAL_ITERS={EVAL_ITERS} with SPLIT={SPLIT}: nothing is set aside for validation; give SPLIT a second share, "
+         "such as 99,1,0"),
+    Rule(("WANDB_API_KEY",), lambda d: d["WANDB"], lambda d: importlib.util.find_spec("wandb") is not None,
+         "WANDB_API_KEY is set, but the package wandb is missing: pip install 'megatron-rocm[wandb]', or unset it"),
+)  # fmt: skip

@@ -1,0 +1,210 @@
+"""Defaults, adjustments, rules and the fit, each by what a person types and reads."""
+
+import datetime
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_rocm.config import RunConfig, read
+from megatron_rocm.errors import UsageError
+from megatron_rocm.platform.machine import GIB, Gpu, Machine, find
+from megatron_rocm.platform.settings import LIBRARY_PREFIXES
+from megatron_rocm.resolve import resolve
+
+CPU = Machine("CPU", "cpu", "cpu", (), 24 * GIB, 2, "torch")
+NOON = datetime.datetime(2026, 1, 2, 12)
+
+
+def resolved(*arguments, family="llama3", machine=None, environment=None):
+    request = read(family, arguments, environment or {}, LIBRARY_PREFIXES)
+    target = request.text("TARGET")
+    return resolve(request, machine or (find(target) if target else CPU), environment or {}, dry_run=True, now=NOON)
+
+
+def message(*arguments, **more):
+    with pytest.raises(UsageError) as caught:
+        resolved(*arguments, **more)
+    return str(caught.value)
+
+
+def test_no_gpu_and_no_size_trains_tiny_and_says_so():
+    result = resolved()
+    assert (result.config.model.size, result.config.parallel.world_size) == ("tiny", 1)
+    assert any("tiny is trained (no GPU here)" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "size"),
+    [("llama3", "mi300x", "70"), ("llama2", "mi300x", "70"), ("llama3", "mi250x", "8"), ("llama2", "a100", "13")],
+)
+def test_gpus_without_a_size_train_the_guides_or_the_largest_that_fits(family, target, size):
+    assert resolved(f"TARGET={target}", family=family).config.model.size == size
+
+
+@pytest.mark.parametrize(("gpus", "tp"), [(8, 8), (4, 4), (6, 2), (1, 1), (3, 1)])
+def test_tp_defaults_to_what_the_node_and_the_heads_divide(gpus, tp):
+    machine = Machine("x", "amd", "gfx942", (Gpu(192 * GIB),) * gpus, 2048 * GIB, 96, "te")
+    assert resolved("MODEL_SIZE=8", machine=machine).config.parallel.tp == tp
+
+
+def test_processes_on_a_cpu_are_the_layouts():
+    assert resolved("TP=2", "PP=2").config.parallel.gpus_per_node == 4
+    assert resolved("TP=2", "NNODES=2").config.parallel.dp == 2
+
+
+def test_405_has_a_layout_of_its_own():
+    config = resolved("MODEL_SIZE=405", "NNODES=16", "TARGET=mi300x").config
+    parallel = config.parallel
+    assert (parallel.tp, parallel.pp, parallel.dp, parallel.world_size) == (8, 8, 2, 128)
+    assert parallel.count_embedding_and_loss and config.training.global_batch_size == 16
+    assert resolved("MODEL_SIZE=405", "NNODES=16", "TARGET=mi300x", "TP=8", "PP=8", "VPP=8").config.parallel.vpp == 8
+
+
+@pytest.mark.parametrize(("target", "nodes", "takes"), [("mi300x", 1, 8), ("h100", 8, 16), ("mi355x", 4, 8)])
+def test_405_on_too_few_nodes_says_how_many_and_what_to_type(target, nodes, takes):
+    text = message("MODEL_SIZE=405", f"NNODES={nodes}", f"TARGET={target}")
+    assert f"It takes {takes} such nodes" in text
+    line = text.splitlines()[-1].strip()
+    assert line == f"MODEL_SIZE=405 NNODES={takes} NODE_RANK=$i MASTER_ADDR=$HEAD bash examples/llama/train_llama3.sh"
+    words = [word for word in line.split() if "=" in word and "$" not in word]
+    assert resolved(*words, f"TARGET={target}").config.parallel.nnodes == takes
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers():
+    text = message("MODEL_SIZE=70")
+    # 70.55e9 parameters, 2 + 4 + 12 bytes each, padding of the vocabulary apart
+    assert re.search(r"at least 118\d\.\d GiB", text) and "24.0 GiB" in text and "TARGET=" in text
+
+
+def test_fsdp_switches_tp_and_sequence_parallel_off_and_says_so():
+    result = resolved("FSDP=1", "TP=4", "SEQ_PARALLEL=1", "MODEL_SIZE=8", "TARGET=mi300x")
+    parallel = result.config.parallel
+    assert (parallel.tp, parallel.sequence_parallel, parallel.distributed_optimizer) == (1, False, False)
+    assert any(note.startswith("TP=4 becomes 1") for note in result.notes)
+    assert any(note.startswith("SEQ_PARALLEL=1 becomes 0") for note in result.notes)
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in result.environment
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "base", "scaling", "factor"),
+    [
+        ("llama2", "7", 10_000, False, 1.0),
+        ("llama2", "code34", 1_000_000, False, 1.0),
+        ("llama3", "8", 500_000, True, 8.0),
+        ("llama3", "1", 500_000, True, 32.0),
+    ],
+)
+def test_rotary_embedding_is_the_published_one(family, size, base, scaling, factor):
+    model = resolved(f"MODEL_SIZE={size}", "TARGET=mi300x", family=family).config.model
+    assert (model.rotary_base, model.rope_scaling, model.rope_scaling_factor) == (base, scaling, factor)
+
+
+def test_rope_scaling_can_be_turned_off_for_llama_3_without_dot():
+    assert not resolved("MODEL_SIZE=8", "TARGET=mi300x", "ROPE_SCALING=0").config.model.rope_scaling
+
+
+def test_recompute_num_layers_is_honoured_and_bounded():
+    assert resolved("RECOMPUTE=1").config.training.recompute_num_layers == 4
+    assert resolved("RECOMPUTE=1", "RECOMPUTE_NUM_LAYERS=2").config.training.recompute_num_layers == 2
+    result = resolved("RECOMPUTE=1", "RECOMPUTE_NUM_LAYERS=80", "PP=2")
+    assert result.config.training.recompute_num_layers == 2
+    assert any("RECOMPUTE_NUM_LAYERS=80 becomes 2" in note for note in result.notes)
+    assert resolved("RECOMPUTE=0", "RECOMPUTE_NUM_LAYERS=2").config.training.recompute_num_layers is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["MODEL_SIZE=7"], ["MODEL_SIZE=7", "tiny, 1, 3, 8, 70, 405", "train_llama2.sh has it"]),
+        (["MODEL_SIZE=9"], ["MODEL_SIZE=9", "tiny, 1, 3, 8, 70, 405"]),
+        (["TP=3"], ["TP=3", "8 attention heads", "1, 2, 4"]),
+        (["PP=5"], ["PP=5", "4 layers", "without layers", "1, 2, 3, 4"]),
+        (["PP=2", "VPP=4"], ["VPP=4", "without layers"]),
+        (["VPP=2"], ["VPP=2", "PP=1"]),
+        (["TP=2", "GPUS_PER_NODE=3"], ["TP=2", "3 processes"]),
+        (["TP=4", "GPUS_PER_NODE=2"], ["4 processes", "NNODES=1", "are 2", "It takes 2 such nodes"]),
+        (["BS=7", "MBS=2"], ["BS=7", "MBS=2", "BS=6 or BS=8"]),
+        (["BS=1", "MBS=2"], ["BS=1", "set BS=2"]),
+        (["PP=2", "VPP=2", "BS=3"], ["VPP=2", "multiple of PP=2", "BS=2 or BS=4"]),
+        (["FSDP=1", "PP=2"], ["PP=2", "FSDP=1", "FSDP=0"]),
+        (["PRECISION=fp16"], ["PRECISION=fp16", "not in this version", "bf16"]),
+        (["NODE_RANK=1"], ["NODE_RANK=1", "NNODES=1"]),
+        (["TP=2", "SEQ_LENGTH=255"], ["SEQ_LENGTH=255", "256"]),
+        (["LR_WARMUP_ITERS=9", "LR_DECAY_ITERS=9"], ["LR_WARMUP_ITERS=9", "LR_DECAY_ITERS=9"]),
+        (["MIN_LR=1", "LR=0.1"], ["MIN_LR=1", "LR=0.1"]),
+        (["SPLIT=1;2"], ["SPLIT=1;2", "99,1,0"]),
+        (["SPLIT=0,1,0"], ["SPLIT=0,1,0", "above 0"]),
+        (["SPLIT=1,0,0", "EVAL_ITERS=1"], ["EVAL_ITERS=1", "SPLIT=1,0,0"]),
+        (["MOCK_DATA=0"], ["MOCK_DATA=0", "DATA_PATH"]),
+        (["OVERLAP_PARAM_GATHER=1", "OPTIMIZER=sgd"], ["OVERLAP_PARAM_GATHER=1", "OPTIMIZER=adam"]),
+        (["FSDP=1", "MODEL_SIZE=1", "TARGET=h100"], ["FSDP=1", "MODEL_SIZE=1"]),
+        (["GPUS_PER_NODE=9", "MODEL_SIZE=8", "TARGET=h100"], ["GPUS_PER_NODE=9", "8 GPUs"]),
+    ],
+)
+def test_bad_input_names_key_value_rule_and_way_out(arguments, words):
+    text = message(*arguments)
+    for word in words:
+        assert word in text, text
+
+
+def test_a_target_is_planned_for_but_not_trained_on():
+    with pytest.raises(UsageError, match="DRY_RUN=1"):
+        resolve(read("llama3", ["TARGET=mi300x"], {}), find("mi300x"))
+
+
+def test_users_own_settings_win():
+    result = resolved("MODEL_SIZE=8", "TARGET=mi300x", "NCCL_DEBUG=INFO", environment={"GPU_MAX_HW_QUEUES": "4"})
+    assert result.environment["GPU_MAX_HW_QUEUES"] == ("4", "set by you")
+    assert result.environment["NCCL_DEBUG"] == ("INFO", "set by you")
+    assert result.environment["HSA_NO_SCRATCH_RECLAIM"][0] == "1"
+
+
+def test_gemm_tuning_sets_transformer_engines_counts():
+    assert resolved("MODEL_SIZE=8", "TARGET=mi300x").environment["TE_HIPBLASLT_TUNING_RUN_COUNT"][0] == "10"
+    assert "TE_HIPBLASLT_TUNING_RUN_COUNT" not in resolved("MODEL_SIZE=8", "TARGET=mi300x", "GEMM_TUNING=0").environment
+    assert "TE_HIPBLASLT_TUNING_RUN_COUNT" not in resolved("MODEL_SIZE=8", "TARGET=h100").environment
+
+
+def test_target_cpu_leaves_gpus_alone():
+    hidden = replace(CPU, hidden_gpus=True)
+    assert resolved(machine=hidden).environment["CUDA_VISIBLE_DEVICES"][0] == ""
+
+
+def test_hash_is_of_the_run_and_not_of_the_node():
+    one, other = resolved("NNODES=2"), resolved("NNODES=2", "NODE_RANK=1", "LOG_DIR=elsewhere")
+    assert one.config.hash == other.config.hash
+    assert one.config.hash != resolved("NNODES=2", "SEED=2").config.hash
+
+
+def test_config_is_frozen_and_survives_a_file(tmp_path):
+    config = resolved("TP=2").config
+    with pytest.raises(ValidationError):
+        config.parallel.tp = 4
+    file = tmp_path / "run.json"
+    config.save(file)
+    assert RunConfig.load(file) == config
+    fields = json.loads(file.read_text())
+    fields["training"]["train_iters"] += 1
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="changed by hand"):
+        RunConfig.load(file)
+
+
+def test_origins_say_where_values_come_from():
+    origins = resolved("TP=2", "MODEL_SIZE=tiny", environment={"BS": "16"}).origins
+    assert (origins["TP"], origins["BS"], origins["SEQ_LENGTH"]) == ("argument", "environment", "preset Llama 3 tiny")
+
+
+def test_torch_is_not_imported():
+    code = (
+        "import sys; from megatron_rocm.config import read; from megatron_rocm.resolve import resolve\n"
+        "from megatron_rocm.platform.machine import find\n"
+        "resolve(read('llama3', ['MODEL_SIZE=8'], {}), find('mi300x'), dry_run=True)\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'megatron.core')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
