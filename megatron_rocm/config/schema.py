@@ -67,7 +67,8 @@ class Model(Section):
     family: Literal["llama2", "llama3"]
     size: str = var(
         "MODEL_SIZE", BY_RULE, "size of the model: its billions of parameters, or `tiny`",
-        text="70; the largest that fits the GPUs; tiny without a GPU",
+        text="70, or the largest that fits the GPUs; tiny without a GPU", state=REPAIRED,
+        note="rotary base and RoPE scaling are the published model's; the guide's scripts leave Megatron's 10,000",
     )  # fmt: skip
     title: str
     num_layers: int
@@ -306,6 +307,7 @@ LATER = "not in this version"
 
 OTHERS = (
     Other("MOCK_DATA", "", "1: mock data, 0: DATA_PATH is needed", WORKS, "older scripts' word for DATA_PATH unset", ("0", "1")),
+    Other("DATA_DIR", "", "older scripts' folder for tokenizer files", NO_EFFECT, "prepare_dataset.sh's folder; the Hugging Face cache holds tokenizers"),
     Other("MCORE", "1", "megatron-core's models", NO_EFFECT, "there are no others upstream; MCORE=0 is refused", ("1",)),
     Other("GEMM_TUNING", "1", "Transformer Engine's GEMM auto-selection", WORKS, "AMD with Transformer Engine", ("0", "1")),
     Other("CKPT_FORMAT", "torch_dist", "checkpoint format", REPAIRED, "torch_dist is the one there is: `torch` belongs to Megatron-LM's own trainer", ("torch_dist",)),
