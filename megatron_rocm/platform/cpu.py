@@ -4,7 +4,7 @@ megatron-core is written for one device, "cuda". `install` puts a stand-in where
 the first model or optimizer is built (megatron-core may be imported before or after). Where there is a GPU it does
 nothing. Each stand-in is a row of `PIECES`, with the call of megatron-core that needs it.
 
-Functions are wrapped one by one; a `TorchFunctionMode` would be shorter but is off inside backward and in other threads.
+Functions are wrapped one by one; a `TorchFunctionMode` would be shorter, but is off in backward and in other threads.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ PIECES: tuple[Piece, ...] = (
     ),
     Piece(
         "torch.cuda.synchronize",
-        "pipeline_parallel/p2p_communication.py:398, dist_checkpointing/strategies/filesystem_async.py:230, timers.py:152",
+        "pipeline_parallel/p2p_communication.py:398, dist_checkpointing/strategies/filesystem_async.py:230, "
+        "timers.py:152",
         _replace(torch.cuda, "synchronize", _instead(lambda device=None: None)),
     ),
     Piece(
@@ -187,7 +188,7 @@ PIECES: tuple[Piece, ...] = (
     ),
     Piece(
         "ShardedTensor.init_data",
-        "dist_checkpointing/exchange_utils.py:98 and :106 (fully parallel load); it holds torch.empty as a default value",
+        "dist_checkpointing/exchange_utils.py:98 and :106 (fully parallel load); torch.empty is bound as its default",
         _shards_on_cpu,
     ),
     Piece(
@@ -203,7 +204,7 @@ PIECES: tuple[Piece, ...] = (
     ),
     Piece(
         "Tensor.type",
-        "optimizer/clip_grads.py:167, optimizer/optimizer.py:671, optimizer/distrib_optimizer.py:361: checks of the name",
+        "optimizer/clip_grads.py:167, optimizer/optimizer.py:671, optimizer/distrib_optimizer.py:361 check the name",
         _replace(torch.Tensor, "type", _spelled_cuda),
     ),
     Piece(

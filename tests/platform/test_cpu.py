@@ -1,7 +1,7 @@
 """Each piece of the CPU platform is needed: a call of megatron-core works with it and fails without it.
 
-Run as a script, this file imports torch and megatron-core once, tries each check in forked children, with all pieces and
-with all but one, and prints the outcomes as JSON: {check: {"with": null, "without": "AssertionError: …"}}.
+Run as a script, this file imports torch and megatron-core once, tries each check in forked children, with all pieces
+and with all but one, and prints what went wrong as JSON: {piece: {"with": null, "without": "AssertionError: …"}}.
 """
 
 import json
@@ -141,8 +141,12 @@ def torch_fsdp():
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, transformer_impl="local")
-    group = torch.distributed.group.WORLD
-    TorchFullyShardedDataParallel(config, TorchFullyShardedDataParallelConfig(), torch.nn.Linear(2, 2), process_group=group)
+    TorchFullyShardedDataParallel(
+        config,
+        TorchFullyShardedDataParallelConfig(),
+        torch.nn.Linear(2, 2),
+        process_group=torch.distributed.group.WORLD,
+    )
 
 
 NEEDED_BY = {

@@ -1,0 +1,180 @@
+"""The weight mapping Hugging Face Llama ⇄ megatron-core, as a table, and how each kind of row is carried over.
+
+Pure functions over torch tensors: nothing is read or written here, no type is changed, and each tensor is done by
+itself, so that a converter streams a model of any size.
+
+Both sides rotate halves in their rotary embedding, so Q and K need no permutation.
+Sources: megatron/core/transformer/{attention,mlp}.py and models/gpt/gpt_layer_specs.py in megatron-core 0.16.1,
+modeling_llama.py in transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rocm.config.schema import Model
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class How:
+    """A way to carry a weight over: `split` makes Hugging Face's tensors of Megatron's one, `join` undoes it."""
+
+    split: Callable[[Tensor, Model], Sequence[Tensor]]
+    join: Callable[[Sequence[Tensor], Model], Tensor]
+
+
+def _split_qkv(weight: Tensor, model: Model) -> Sequence[Tensor]:
+    """Megatron keeps each query group's rows together: its queries, its key, its value."""
+    groups = model.num_query_groups
+    queries = model.num_attention_heads // groups
+    by_group = weight.reshape(groups, queries + 2, model.kv_channels, model.hidden_size)
+    return [part.reshape(-1, model.hidden_size) for part in by_group.split((queries, 1, 1), dim=1)]
+
+
+def _join_qkv(parts: Sequence[Tensor], model: Model) -> Tensor:
+    groups = model.num_query_groups
+    by_group = [part.reshape(groups, -1, model.kv_channels, model.hidden_size) for part in parts]
+    return torch.cat(by_group, dim=1).reshape(-1, model.hidden_size)
+
+
+def _pad(parts: Sequence[Tensor], model: Model) -> Tensor:
+    padding = parts[0].new_zeros(model.padded_vocab_size - model.vocab_size, model.hidden_size)
+    return torch.cat((parts[0], padding))
+
+
+COPY = How(lambda weight, model: (weight,), lambda parts, model: parts[0])
+QKV = How(_split_qkv, _join_qkv)
+GATE_UP = How(lambda weight, model: weight.chunk(2), lambda parts, model: torch.cat(tuple(parts)))
+VOCABULARY = How(lambda weight, model: (weight[: model.vocab_size],), _pad)
+
+
+def _table(m: Model) -> Shape:
+    return m.padded_vocab_size, m.hidden_size
+
+
+def _norm(m: Model) -> Shape:
+    return (m.hidden_size,)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of weight; `{}` stands for the layer's number, from 0.
+
+    `megatron` is Transformer Engine's name, which megatron-core writes into checkpoints for either kind of layer;
+    `local` is what its own layers call the parameter where that differs (a norm fused into the linear after it).
+    """
+
+    megatron: str
+    hugging_face: tuple[str, ...]
+    how: How
+    shape: Callable[[Model], Shape]
+    local: str | None = None
+    when: Callable[[Model], bool] = lambda model: True
+
+    def elements(self, model: Model) -> int:
+        return math.prod(self.shape(model))
+
+
+_M, _H = "decoder.layers.{}.", "model.layers.{}."
+
+ROWS = (
+    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VOCABULARY, _table),
+    Row(
+        _M + "self_attention.linear_qkv.layer_norm_weight", (_H + "input_layernorm.weight",), COPY, _norm,
+        local=_M + "input_layernorm.weight",
+    ),
+    Row(
+        _M + "self_attention.linear_qkv.weight",
+        (_H + "self_attn.q_proj.weight", _H + "self_attn.k_proj.weight", _H + "self_attn.v_proj.weight"),
+        QKV, lambda m: ((m.num_attention_heads + 2 * m.num_query_groups) * m.kv_channels, m.hidden_size),
+    ),
+    Row(
+        _M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",),
+        COPY, lambda m: (m.hidden_size, m.num_attention_heads * m.kv_channels),
+    ),
+    Row(
+        _M + "mlp.linear_fc1.layer_norm_weight", (_H + "post_attention_layernorm.weight",), COPY, _norm,
+        local=_M + "pre_mlp_layernorm.weight",
+    ),
+    Row(
+        _M + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"),
+        GATE_UP, lambda m: (2 * m.ffn_hidden_size, m.hidden_size),
+    ),
+    Row(
+        _M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",),
+        COPY, lambda m: (m.hidden_size, m.ffn_hidden_size),
+    ),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",), COPY, _norm),
+    Row(
+        "output_layer.weight", ("lm_head.weight",), VOCABULARY, _table,
+        when=lambda m: not m.tied_embeddings,  # tied: both sides keep the embedding alone
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a model: a row, and the layer where the row has layers."""
+
+    row: Row
+    layer: int | None = None
+
+    @property
+    def megatron(self) -> str:
+        """Transformer Engine's name."""
+        return self.row.megatron.format(self.layer)
+
+    @property
+    def local(self) -> str:
+        """The name with megatron-core's own layers."""
+        return (self.row.local or self.row.megatron).format(self.layer)
+
+    @property
+    def hugging_face(self) -> tuple[str, ...]:
+        return tuple(name.format(self.layer) for name in self.row.hugging_face)
+
+    def hugging_face_shapes(self, model: Model) -> dict[str, Shape]:
+        """Hugging Face's names, each with the shape of its tensor."""
+        empty = torch.empty(self.row.shape(model), device="meta")
+        return {name: tuple(part.shape) for name, part in self.to_hugging_face(empty, model).items()}
+
+    def to_hugging_face(self, weight: Tensor, model: Model) -> dict[str, Tensor]:
+        """Hugging Face's tensors by name, contiguous, without the rows that pad the vocabulary.
+
+        `weight` is the whole tensor, put together from its tensor parallel parts. Raises ValueError for a shape
+        that is not `model`'s.
+        """
+        self._expect(self.megatron, tuple(weight.shape), self.row.shape(model))
+        parts = self.row.how.split(weight, model)
+        return {name: part.contiguous() for name, part in zip(self.hugging_face, parts, strict=True)}
+
+    def to_megatron(self, weights: Mapping[str, Tensor], model: Model) -> Tensor:
+        """Megatron's tensor from Hugging Face's by name, padded with zero rows up to `padded_vocab_size`.
+
+        Raises KeyError for a name that is missing, ValueError for a shape that is not `model`'s.
+        """
+        for name, shape in self.hugging_face_shapes(model).items():
+            self._expect(name, tuple(weights[name].shape), shape)
+        return self.row.how.join([weights[name] for name in self.hugging_face], model)
+
+    @staticmethod
+    def _expect(name: str, found: Shape, expected: Shape) -> None:
+        if found != expected:
+            raise ValueError(f"{name} has shape {found}; the model's configuration makes it {expected}")
+
+
+def weights(model: Model) -> Iterator[Weight]:
+    """Every tensor of `model`, in the order of the forward pass."""
+    rows = [row for row in ROWS if row.when(model)]
+    first = next(i for i, row in enumerate(rows) if "{}" in row.megatron)
+    layered = [row for row in rows if "{}" in row.megatron]
+    yield from (Weight(row) for row in rows[:first])
+    yield from (Weight(row, layer) for layer in range(model.num_layers) for row in layered)
+    yield from (Weight(row) for row in rows[first + len(layered) :])

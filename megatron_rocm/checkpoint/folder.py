@@ -1,0 +1,70 @@
+"""Megatron-LM's folder layout: `iter_0000100/` for each checkpoint, `latest_checkpointed_iteration.txt` names the newest.
+
+Needs no torch, so that launchers and tools can ask too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from megatron_rocm.errors import UsageError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+PARTIAL = ".partial"  # ends the name of a folder that is being written
+WHOLE = "metadata.json"  # megatron-core writes it last
+
+
+def checkpoint_path(root: str | Path, iteration: int) -> Path:
+    """Where the checkpoint after `iteration` steps lies."""
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def latest(root: str | Path) -> Path | None:
+    """The newest checkpoint in `root`; None where there is none. Raises UsageError where the one named is not there."""
+    tracker = Path(root) / TRACKER
+    try:
+        text = tracker.read_text().strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{tracker} can't be read: {error}") from None
+    if not text.isdigit():
+        raise UsageError(f"{tracker} should hold the number of an iteration, not {text[:40]!r}")
+    path = checkpoint_path(root, int(text))
+    if not (path / WHOLE).is_file():
+        raise UsageError(
+            f"{tracker} names iteration {text}, but {path} is missing or incomplete: write the iteration of a whole "
+            f"checkpoint into {TRACKER}, or remove that file to start anew"
+        )
+    return path
+
+
+def set_latest(root: str | Path, iteration: int) -> None:
+    """Name the newest checkpoint; the file is replaced whole."""
+    tracker = Path(root) / TRACKER
+    temporary = tracker.with_name(f".{TRACKER}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(tracker)
+    sync_folder(tracker.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder on disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_partial(root: str | Path) -> list[Path]:
+    """Remove what killed saves left in `root`; which folders these were."""
+    found = sorted(Path(root).glob(f"iter_*{PARTIAL}"))
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return found

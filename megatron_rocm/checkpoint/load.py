@@ -1,0 +1,99 @@
+"""Resuming: the whole state of a run, from SAVE_CKPT_PATH or else from LOAD_CKPT_PATH."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+
+from megatron_rocm.checkpoint.folder import TRACKER, WHOLE, latest, remove_partial
+from megatron_rocm.checkpoint.state import RNG, State, restore, sharded
+from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.errors import UsageError
+from megatron_rocm.train import adam_state
+
+# What of the model may differ from the checkpoint: names, and what only the layout decides.
+MODEL_MAY_DIFFER = {"size", "title", "padded_vocab_size", "max_position_embeddings", "init_std"}
+LAYOUT = ("tp", "pp", "vpp", "cp", "dp")
+T = TypeVar("T")
+
+
+def find(run: RunConfig) -> Path | None:
+    """The checkpoint this run goes on from; None where it starts anew. Raises UsageError for a damaged or missing one."""
+    if run.checkpoint.save and (path := latest(run.checkpoint.save)):
+        return path
+    if not run.checkpoint.load:
+        return None
+    if (Path(run.checkpoint.load) / WHOLE).is_file():  # one checkpoint's own folder
+        return Path(run.checkpoint.load)
+    path = latest(run.checkpoint.load)
+    if not path:
+        raise UsageError(
+            f"LOAD_CKPT_PATH={run.checkpoint.load}: there is no checkpoint, as it has no {TRACKER}. "
+            "Name a folder that SAVE_CKPT_PATH has named before, or one iteration's folder in it"
+        )
+    return path
+
+
+def resume(run: RunConfig, state: State) -> Path | None:
+    """Bring `state` to where the newest checkpoint left off; every rank calls it. The checkpoint, None if there is none.
+
+    With the same layout, training goes on bit-identically. With another, weights, optimizer, data position and
+    schedule are the same, the random generators are not. Raises UsageError.
+    """
+    if run.checkpoint.save and dist.get_rank() == 0:
+        remove_partial(run.checkpoint.save)
+    path = find(run)
+    if path is None:
+        return None
+    common = _read(path, lambda: dist_checkpointing.load_common_state_dict(str(path)))
+    saved = common.get("run")
+    if not isinstance(saved, dict):
+        raise UsageError(f"{path} was not written by megatron-rocm: it does not hold the run's configuration")
+    check(run, saved, path)
+    same_layout = all(saved["parallel"][size] == getattr(run.parallel, size) for size in LAYOUT)
+    _read(path, lambda: _load(path, state, with_rng=same_layout))
+    return path
+
+
+def check(run: RunConfig, saved: dict[str, Any], path: Path) -> None:
+    """Raise UsageError unless `run` can go on from the checkpoint of the run `saved`."""
+    now = run.model_dump(mode="json")
+    for section, names in (
+        ("model", [name for name in saved["model"] if name not in MODEL_MAY_DIFFER]),
+        ("precision", ["dtype"]),
+        ("optimizer", ["name"]),
+        ("parallel", ["distributed_optimizer", "fsdp"]),
+    ):
+        wrong = [name for name in names if saved[section][name] != now[section][name]]
+        if wrong:
+            differences = ", ".join(f"{name} {saved[section][name]} there, {now[section][name]} here" for name in wrong)
+            raise UsageError(
+                f"the checkpoint {path} is of another {section}: {differences}. "
+                "Use the settings it was made with, or another SAVE_CKPT_PATH"
+            )
+
+
+def _load(path: Path, state: State, *, with_rng: bool) -> None:
+    with adam_state.loading(state.optimizer):
+        wanted = sharded(state, loading=True)
+        if not with_rng:
+            del wanted[RNG]
+        restore(state, dist_checkpointing.load(wanted, str(path)))
+
+
+def _read(path: Path, action: Callable[[], T]) -> T:
+    """Do it; whatever goes wrong in reading a checkpoint is a fault of that checkpoint."""
+    try:
+        return action()
+    except (Exception, CheckpointException) as error:
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        reason = " ".join(str(causes[0]).split())[:300]
+        raise UsageError(
+            f"the checkpoint {path} can't be read ({type(causes[0]).__name__}: {reason}). "
+            f"Write the iteration of another one into {TRACKER} beside it, or use another SAVE_CKPT_PATH"
+        ) from error

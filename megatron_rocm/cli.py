@@ -1,0 +1,58 @@
+"""The command `megatron-rocm`: a thin sub-command for each thing the package does."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from megatron_rocm import __version__
+from megatron_rocm.errors import UsageError
+
+# Sub-command → (module that has `main(arguments) -> int`, what it does). Imported when asked for: help is instant.
+COMMANDS = {
+    "train": ("megatron_rocm.launch.train", "train Llama: --family llama2|llama3 [KEY=VALUE …] [FILE.yaml …]"),
+    "prepare": ("megatron_rocm.data.prepare", "make a data set from text: [KEY=VALUE …]"),
+    "convert": ("megatron_rocm.checkpoint.convert", "write a checkpoint in another format"),
+    "demo": ("megatron_rocm.demo", "data, training, export and a few generated lines, on any machine"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line. Returns its exit status: 2 for a mistake, 130 for Ctrl-C, else the sub-command's own."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _dispatch(words)
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        print(f"megatron-rocm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `… --help | head`; nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(_usage())
+        return 0
+    if words[0] == "--version":
+        print(f"megatron-rocm {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        raise UsageError(f"{words[0]}: no such command; there are {', '.join(COMMANDS)}")
+    return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+
+
+def _usage() -> str:
+    rows = [f"  {name:<9} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["megatron-rocm COMMAND …", "", *rows, "", "COMMAND --help tells more; --version"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

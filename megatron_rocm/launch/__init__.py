@@ -1,0 +1,1 @@
+"""From a RunConfig to processes: checks before the start, the run folder's lock, torchrun, the log."""

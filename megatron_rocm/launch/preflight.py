@@ -1,0 +1,99 @@
+"""What would go wrong once processes run, found before any is started. Every finding is a UsageError."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import socket
+from pathlib import Path
+
+from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.errors import UsageError
+
+# What workers import, and where a person gets it.
+NEEDED = (
+    ("torch", "install torch for this machine's GPUs (`make venv` does)"),
+    ("megatron.core", "`pip install megatron-core`"),
+    ("psutil", "`pip install psutil`: without it megatron-core's checkpoint saving hangs"),
+)
+
+
+def folders(run: RunConfig) -> None:
+    """Create the folders this run writes to. Raises UsageError for the first that can't be written."""
+    named = (
+        ("LOG_DIR", run.launch.log_dir),
+        ("SAVE_CKPT_PATH", run.checkpoint.save),
+        ("DATA_CACHE_PATH", run.data.cache_path if run.data.blend else None),
+    )
+    for variable, folder in named:
+        if folder:
+            writable(variable, Path(folder))
+
+
+def check(run: RunConfig) -> None:
+    """The port is free and the libraries are there. Raises UsageError for the first that is not so."""
+    if run.launch.node_rank == 0:
+        check_port(run.launch.master_port)
+    for module, way_out in NEEDED:
+        if not _importable(module):
+            raise UsageError(f"the Python package {module} is missing: {way_out}")
+
+
+def writable(variable: str, folder: Path) -> None:
+    """Create `folder` and try a file in it. Raises UsageError naming `variable`."""
+    probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"1")
+        probe.unlink()
+    except OSError as error:
+        culprit = f" ({error.filename})" if error.filename and error.filename != str(probe) else ""
+        raise UsageError(
+            f"{variable}={folder}: can't write there: {error.strerror}{culprit}; name a folder you can write to"
+        ) from None
+
+
+def check_port(port: int) -> None:
+    """Raises UsageError where `port` can't be bound, with one that can."""
+    try:
+        _bind(port)
+    except OSError as error:
+        other = free_port()
+        raise UsageError(
+            f"MASTER_PORT={port}: {(error.strerror or str(error)).lower()} on this machine; another run may have it: "
+            f"MASTER_PORT={other} is free"
+        ) from None
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    return _bind(0)
+
+
+def _bind(port: int) -> int:
+    """Bind as torch's store does: on every address, in both families. Returns the port."""
+    for family, address in ((socket.AF_INET, ""), (socket.AF_INET6, "::")):
+        try:
+            trial = socket.socket(family, socket.SOCK_STREAM)
+        except OSError:  # no such family in this kernel
+            continue
+        with trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                trial.bind((address, port))
+            except OSError as error:
+                if family == socket.AF_INET6 and error.errno == errno.EADDRNOTAVAIL:  # compiled in but switched off
+                    continue
+                raise
+            port = trial.getsockname()[1]
+    return port
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,1 @@
+"""Llama as a megatron-core GPTModel: configuration, layers without Transformer Engine, initial weights."""

@@ -1,0 +1,83 @@
+"""Initial weights that don't depend on the layout.
+
+Each parameter is drawn whole, from a generator seeded by the run's seed and the parameter's global name, and cut to
+this rank's shard: TP=2, PP=2 or VPP start from the very weights of one process. (megatron-core's own initialization
+depends on the layout when it draws on the GPU.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
+
+from megatron_rocm.config.schema import RunConfig
+
+# What ends a parameter's name → the axis that tensor parallelism cuts, and how many matrices lie stacked in it
+# (gate and up of the SwiGLU are cut each for itself).
+SHARDS = {
+    "word_embeddings.weight": (0, 1),
+    "output_layer.weight": (0, 1),
+    "linear_qkv.weight": (0, 1),
+    "linear_proj.weight": (1, 1),
+    "linear_fc1.weight": (0, 2),
+    "linear_fc2.weight": (1, 1),
+}
+# They add to the residual stream: their standard deviation is divided by sqrt(2·layers), as in Megatron-LM and GPT-2.
+RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
+VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
+TIED = "embedding.word_embeddings.weight"
+
+
+def fill(model: GPTModel, run: RunConfig) -> None:
+    """Give every parameter of this rank's `model` its initial value: normal matrices, norms of 1."""
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.copy_(_shard(_whole(global_name(model, name), parameter, run), name))
+
+
+def global_name(model: GPTModel, name: str) -> str:
+    """The parameter's name in the undivided model: layers counted through all stages, tied weights called alike."""
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return TIED
+    found = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if not found:
+        return name
+    layer = model.decoder.layers[int(found.group(1))]
+    return f"decoder.layers.{layer.layer_number - 1}.{found.group(2)}"
+
+
+def _whole(name: str, parameter: torch.Tensor, run: RunConfig) -> torch.Tensor:
+    """The undivided matrix, FP32, on the parameter's device."""
+    axis, _ = SHARDS[_kind(name)]
+    shape = list(parameter.shape)
+    shape[axis] *= mpu.get_tensor_model_parallel_world_size()
+    std = run.model.init_std
+    if name.endswith(RESIDUAL):
+        std /= math.sqrt(2.0 * run.model.num_layers)
+    seed = int.from_bytes(hashlib.sha256(f"{run.training.seed} {name}".encode()).digest()[:7], "big")
+    generator = torch.Generator(parameter.device).manual_seed(seed)
+    if not name.endswith(VOCABULARY):
+        return torch.empty(shape, device=parameter.device).normal_(0.0, std, generator=generator)
+    # The rows that pad the vocabulary depend on TP. They are no tokens and model/llama.py keeps them out of the loss, so
+    # they stay zero and change nothing.
+    whole = torch.zeros(shape, device=parameter.device)
+    whole[: run.model.vocab_size].normal_(0.0, std, generator=generator)
+    return whole
+
+
+def _shard(whole: torch.Tensor, name: str) -> torch.Tensor:
+    axis, stacked = SHARDS[_kind(name)]
+    parts, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+    return torch.cat([matrix.chunk(parts, axis)[rank] for matrix in whole.chunk(stacked, axis)], axis)
+
+
+def _kind(name: str) -> str:
+    return next(kind for kind in SHARDS if name.endswith(kind))

@@ -1,0 +1,56 @@
+"""Which samples a rank gets: global batch s of a run is samples [s·BS, (s+1)·BS), in every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.model.build import core
+
+Batch = dict[str, torch.Tensor]
+
+
+class Indices:
+    """Endless micro batches of sample indices for one data parallel rank, from sample `start` of the data on.
+
+    Each micro batch of the step takes MBS·DP consecutive samples, MBS of them for each rank.
+    """
+
+    def __init__(self, start: int, micro_batch_size: int, rank: int, ranks: int) -> None:
+        self.first = start + rank * micro_batch_size
+        self.size = micro_batch_size
+        self.stride = micro_batch_size * ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.first
+        while True:
+            yield list(range(first, first + self.size))
+            first += self.stride
+
+
+def micro_batches(run: RunConfig, dataset: Dataset[Any], start: int, chunk: torch.nn.Module) -> Iterator[Batch] | None:
+    """This rank's micro batches for one model chunk; None where it neither embeds tokens nor computes the loss.
+
+    A batch has tokens, labels, loss_mask and position_ids of shape [MBS, sequence / CP].
+    """
+    stage = core(chunk)
+    if not (stage.pre_process or stage.post_process):
+        return None
+    indices = Indices(
+        start, run.training.micro_batch_size, mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    )
+    gpu = run.hardware.vendor != "cpu"
+    # On a CPU the processes share its cores with their loaders anyway.
+    loader = DataLoader(
+        dataset,
+        batch_sampler=indices,  # type: ignore[arg-type]  # any iterable of lists does
+        num_workers=2 if gpu else 0,
+        pin_memory=gpu,
+        persistent_workers=gpu,
+    )
+    return iter(loader)

@@ -1,0 +1,221 @@
+"""What a run tells: log lines in Megatron-LM's format, metrics.jsonl, TensorBoard, Weights & Biases.
+
+Rank 0 alone tells it; on the other ranks a Log does nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_rocm.checkpoint.state import State
+from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.errors import UsageError
+from megatron_rocm.plan.flops import flops_per_token
+from megatron_rocm.train.step import Result
+from megatron_rocm.train.summary import summary
+
+METRICS = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """A place for numbers."""
+
+    def write(self, values: dict[str, float], iteration: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Log:
+    """The run's log, from iteration `start` on. Raises UsageError where what was asked for is not installed."""
+
+    def __init__(self, run: RunConfig, start: int) -> None:
+        self.run = run
+        self.folder = Path(run.launch.log_dir)
+        self.speaks = dist.get_rank() == 0
+        self.sinks: list[Sink] = _sinks(run, start) if self.speaks else []
+        self.lines: list[str] = []
+        self.unlogged: list[tuple[float, float]] = []  # (seconds, loss) of the steps since the last line
+        self.steps, self.seconds = 0, 0.0  # measured ones: without the first, which warms up
+
+    def say(self, text: str) -> None:
+        """One line of text."""
+        if self.speaks:
+            print(text, flush=True)
+
+    def step(self, state: State, result: Result, seconds: float) -> None:
+        """A step is done; it took so many seconds."""
+        if not self.speaks:
+            return
+        self.unlogged.append((seconds, result.loss))
+        if len(self.lines) or len(self.unlogged) > 1:
+            self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        training = self.run.training
+        tokens = training.global_batch_size * training.seq_length
+        values = {
+            "consumed_samples": state.consumed_samples,
+            "lm_loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "iteration_ms": seconds * 1000,
+            "tflops_per_gpu": self._tflops(seconds),
+            "tokens_per_gpu_per_s": tokens / seconds / self.run.parallel.world_size,
+            "mem_usage": memory_usage(),
+        }
+        self._write(values, state.iteration)
+        if state.iteration % self.run.logging.log_interval == 0 or state.iteration == training.train_iters:
+            self._line(state, result, values["mem_usage"])
+
+    def evaluation(self, state: State, loss: float) -> None:
+        """The validation loss after `state.iteration` steps."""
+        perplexity = math.exp(min(20.0, loss))  # Megatron-LM's bound, so that a first loss can't overflow
+        self.say(
+            f" validation loss at iteration {state.iteration} on validation set | lm loss value: {loss:.6E} "
+            f"| lm loss PPL: {perplexity:.6E} | "
+        )
+        if self.speaks:
+            self._write({"validation_loss": loss, "validation_perplexity": perplexity}, state.iteration)
+
+    def close(self) -> None:
+        """The run is over: its summary, and what the sinks have left to do."""
+        if not self.speaks:
+            return
+        run = self.run
+        for line in summary(self.lines, run.training.seq_length, run.parallel.world_size):
+            self.say(line)
+        for sink in self.sinks:
+            sink.close()
+
+    def _write(self, values: dict[str, float], iteration: int) -> None:
+        for sink in self.sinks:
+            sink.write(values, iteration)
+
+    def _tflops(self, seconds: float) -> float:
+        """Per process, without recomputation."""
+        training = self.run.training
+        operations = flops_per_token(self.run) * training.global_batch_size * training.seq_length
+        return operations / seconds / self.run.parallel.world_size / 1e12
+
+    def _line(self, state: State, result: Result, memory: float) -> None:
+        """Megatron-LM's line; `mem usages` and where it stands are ROCm/Megatron-LM's, `time left` is ours."""
+        run = self.run
+        seconds = sum(one for one, _ in self.unlogged) / len(self.unlogged)
+        loss = sum(one for _, one in self.unlogged) / len(self.unlogged)
+        left = (run.training.train_iters - state.iteration) * (self.seconds / self.steps if self.steps else seconds)
+        line = (
+            f" [{datetime.datetime.now():%Y-%m-%d %H:%M:%S}]"
+            f" iteration {state.iteration:8d}/{run.training.train_iters:8d} |"
+            f" consumed samples: {state.consumed_samples:12d} |"
+            f" elapsed time per iteration (ms): {seconds * 1000:.1f} |"
+            f" throughput per GPU (TFLOP/s/GPU): {_shown(self._tflops(seconds))} |"
+            f" learning rate: {result.learning_rate:.6E} |"
+            f" global batch size: {run.training.global_batch_size:5d} |"
+            f" lm loss: {loss:.6E} |"
+            " loss scale: 1.0 |"
+            f" grad norm: {result.grad_norm:.3f} |"
+            " number of skipped iterations:   0 |"
+            " number of nan iterations:   0 |"
+            f" mem usages: {memory:.4f} |"
+            f" time left: {datetime.timedelta(seconds=round(left))} |"
+        )
+        self.unlogged.clear()
+        self.lines.append(line)
+        self.say(line)
+
+
+def _shown(tflops: float) -> str:
+    """Megatron-LM shows one digit after the point; a CPU's thousandths would all be 0.0."""
+    return f"{tflops:.1f}" if tflops >= 1 else f"{tflops:.4f}"
+
+
+def memory_usage() -> float:
+    """The share of the GPU's memory in use, by anybody; on a CPU the share of the machine's that this process has."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / total
+    return psutil.Process().memory_info().rss / psutil.virtual_memory().total
+
+
+def _sinks(run: RunConfig, start: int) -> list[Sink]:
+    folder = Path(run.launch.log_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    sinks: list[Sink] = [JsonLines(folder / METRICS, start)]
+    if run.logging.tensorboard:
+        sinks.append(TensorBoard(folder / "tensorboard", start))
+    if run.logging.wandb:
+        sinks.append(WeightsAndBiases(run))
+    return sinks
+
+
+class JsonLines:
+    """One object per line with every digit; `Infinity` and `NaN` as Python's json writes them.
+
+    What a run wrote after the checkpoint that it now goes on from is cut off, so that each iteration is there once.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        kept = [line for line in _whole_lines(path) if json.loads(line)["iteration"] <= start] if start else []
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  # open until close()
+
+    def write(self, values: dict[str, float], iteration: int) -> None:
+        self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file whose writer may have been killed within one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+class TensorBoard:
+    """Event files; those of iterations that are trained anew are hidden."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def write(self, values: dict[str, float], iteration: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run in WANDB_PROJECT, named EXP_NAME."""
+
+    def __init__(self, run: RunConfig) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UsageError(
+                "WANDB_API_KEY is set, but Weights & Biases is not installed: "
+                "pip install 'megatron-rocm[wandb]', or unset WANDB_API_KEY"
+            ) from None
+        config: dict[str, Any] = run.model_dump(mode="json")
+        self.run = wandb.init(
+            project=run.logging.wandb_project, name=run.launch.exp_name, dir=run.launch.log_dir, config=config
+        )
+
+    def write(self, values: dict[str, float], iteration: int) -> None:
+        self.run.log(values, step=iteration)
+
+    def close(self) -> None:
+        self.run.finish()
