@@ -65,7 +65,9 @@ def theirs(steps: int, folder: Path) -> list[float]:
     }  # fmt: skip
     command = [sys.executable, "-c", PEER, json.dumps([SEQUENCES, LENGTH, steps, shape])]
     threads = str(len(os.sched_getaffinity(0)))
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads}
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -83,8 +85,10 @@ def main() -> None:
                 times = run(chosen.steps, folder)[WARMUP:]
                 speeds[name].append(SEQUENCES * LENGTH / statistics.median(times))
     for name, values in speeds.items():
-        print(f"{name:14} {statistics.median(values):8.0f} tokens/s   rounds: {' '.join(f'{value:.0f}' for value in values)}")
-    print(f"ratio          {statistics.median(speeds['megatron-rocm']) / statistics.median(speeds['transformers']):8.2f}")
+        rounds = " ".join(f"{value:.0f}" for value in values)
+        print(f"{name:14} {statistics.median(values):8.0f} tokens/s   rounds: {rounds}")
+    ours_median, theirs_median = (statistics.median(values) for values in speeds.values())
+    print(f"ratio          {ours_median / theirs_median:8.2f}")
 
 
 if __name__ == "__main__":

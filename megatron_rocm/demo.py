@@ -55,7 +55,7 @@ KEY=VALUE is handed on to the training: TOTAL_ITERS=2000 learns more."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the stages that are not done. 0 when all are or when it was stopped as asked, else the failed one's status."""
+    """Run the stages that are not done. 0 when all are or when stopped as asked, else the failed one's status."""
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0

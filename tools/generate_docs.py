@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write the pages of docs/ that are made from the program's own tables.
 
-    python tools/generate_docs.py            # writes them
-    python tools/generate_docs.py --check    # exit status 1 where one is out of date
+python tools/generate_docs.py            # writes them
+python tools/generate_docs.py --check    # exit status 1 where one is out of date
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from megatron_rocm.config.others import OTHERS
 from megatron_rocm.config.presets import PRESETS
-from megatron_rocm.config.schema import NO_EFFECT, OTHERS, OURS, REFUSED, REPAIRED, WORKS, variables
+from megatron_rocm.config.schema import NO_EFFECT, OURS, REFUSED, REPAIRED, WORKS, variables
 from megatron_rocm.platform.settings import GEMM_TUNING, SETTINGS
 from megatron_rocm.resolve.rules import RULES
 
@@ -34,9 +35,9 @@ def variables_page() -> str:
         MADE,
         "# Variables\n",
         "Give them in the environment, as `KEY=VALUE` arguments or as `KEY: value` in a YAML file whose name is an "
-        "argument; arguments win over the environment, the environment over files. A switch takes `1` or `0`. Names that "
-        "begin with a library's prefix (`NCCL_`, `RCCL_`, `NVTE_`, `HSA_`, …) are handed on to the processes.\n",
-        "An unknown key, a wrong value or an impossible combination ends with exit status 2 before any process starts.\n",
+        "argument; arguments win over the environment, the environment over files. A switch takes `1` or `0`. Names "
+        "that begin with a library's prefix (`NCCL_`, `RCCL_`, `NVTE_`, `HSA_`, …) are handed on to the processes.\n",
+        "An unknown key, a wrong value or an impossible combination ends with exit status 2 before a process starts.\n",
     ]
     for state, title in states.items():
         parts.append(f"## {title}\n")
@@ -47,12 +48,13 @@ def variables_page() -> str:
 
 
 def models_page() -> str:
-    rows = [
-        (f"`{size}`", preset.title, f"`train_{family}.sh`", preset.num_layers, preset.hidden_size, preset.ffn_hidden_size,
-         f"{preset.num_attention_heads}/{preset.num_query_groups}", preset.vocab_size, preset.rotary_base,
-         preset.rope_scaling_factor or "none", ", ".join(f"{k}={v}" for k, v in preset.defaults.items()))
-        for (family, size), preset in PRESETS.items()
-    ]  # fmt: skip
+    rows = []
+    for (family, size), preset in PRESETS.items():
+        shape = (preset.num_layers, preset.hidden_size, preset.ffn_hidden_size)
+        heads = f"{preset.num_attention_heads}/{preset.num_query_groups}"
+        rope = (preset.rotary_base, preset.rope_scaling_factor or "none")
+        sets = ", ".join(f"{name}={value}" for name, value in preset.defaults.items())
+        rows.append((f"`{size}`", preset.title, f"`train_{family}.sh`", *shape, heads, preset.vocab_size, *rope, sets))
     head = ("MODEL_SIZE", "model", "script", "layers", "hidden", "ffn", "heads/kv", "vocabulary", "rotary base",
             "RoPE scaling", "sets")  # fmt: skip
     return "\n".join([MADE, "# Models\n", table(head, rows)])

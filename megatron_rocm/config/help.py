@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 
+from megatron_rocm.config.others import OTHERS
 from megatron_rocm.config.presets import sizes
-from megatron_rocm.config.schema import NO_EFFECT, OTHERS, REFUSED, variables
+from megatron_rocm.config.schema import NO_EFFECT, REFUSED, variables
 
 WIDTH = 118
 _SCRIPT = "examples/llama/train_{family}.sh"

@@ -35,42 +35,56 @@ class Preset:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
 
-def _llama2(title: str, *shape: int, vocab: int = 32000, positions: int = 4096, base: int = 10_000) -> Preset:
-    return Preset(title, *shape, vocab_size=vocab, max_position_embeddings=positions, rotary_base=base)
+def _llama2(
+    title: str,
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    groups: int,
+    vocab: int = 32000,
+    positions: int = 4096,
+    base: int = 10_000,
+) -> Preset:
+    return Preset(title, layers, hidden, ffn, heads, groups, vocab, positions, base)
 
 
-def _llama3(title: str, *shape: int, factor: float = 8.0, **more: Any) -> Preset:
+def _llama3(
+    title: str,
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    groups: int,
+    factor: float = 8.0,
+    tied: bool = False,
+    sets: Mapping[str, Any] = MappingProxyType({}),
+) -> Preset:
     return Preset(
-        title, *shape, vocab_size=128_256, max_position_embeddings=131_072, rotary_base=500_000,
-        rope_scaling_factor=factor, eod=128_001, **more,
-    )  # fmt: skip
+        title, layers, hidden, ffn, heads, groups, 128_256, 131_072, 500_000, factor, tied, eod=128_001, defaults=sets
+    )
 
 
-def _tiny(title: str, groups: int, **rope: Any) -> Preset:
-    defaults = {"SEQ_LENGTH": 256, "LR": 3e-3, "PRECISION": "fp32"}
-    return Preset(
-        title, 4, 256, 768, 8, groups, vocab_size=4096, max_position_embeddings=8192, eod=1,
-        defaults=MappingProxyType(defaults), **rope,
-    )  # fmt: skip
+def _tiny(title: str, groups: int, base: int, factor: float | None) -> Preset:
+    sets = MappingProxyType({"SEQ_LENGTH": 256, "LR": 3e-3, "PRECISION": "fp32"})
+    return Preset(title, 4, 256, 768, 8, groups, 4096, 8192, base, factor, eod=1, defaults=sets)
 
 
 #                                              layers hidden    ffn heads groups
 PRESETS: Mapping[tuple[str, str], Preset] = MappingProxyType({
-    ("llama2", "tiny"): _tiny("Llama 2 tiny", 8, rotary_base=10_000),
+    ("llama2", "tiny"): _tiny("Llama 2 tiny", 8, 10_000, None),
     ("llama2", "7"): _llama2("Llama 2 7B", 32, 4096, 11008, 32, 32),
     ("llama2", "13"): _llama2("Llama 2 13B", 40, 5120, 13824, 40, 40),
     ("llama2", "70"): _llama2("Llama 2 70B", 80, 8192, 28672, 64, 8),
-    ("llama2", "code7"): _llama2("Code Llama 7B", 32, 4096, 11008, 32, 32, vocab=32016, positions=16384, base=1_000_000),
-    ("llama2", "code13"): _llama2("Code Llama 13B", 40, 5120, 13824, 40, 40, vocab=32016, positions=16384, base=1_000_000),
-    ("llama2", "code34"): _llama2("Code Llama 34B", 48, 8192, 22016, 64, 8, positions=16384, base=1_000_000),
-    ("llama3", "tiny"): _tiny("Llama 3 tiny", 4, rotary_base=500_000, rope_scaling_factor=8.0),
-    ("llama3", "1"): _llama3("Llama 3.2 1B", 16, 2048, 8192, 32, 8, factor=32.0, tied_embeddings=True),
-    ("llama3", "3"): _llama3("Llama 3.2 3B", 28, 3072, 8192, 24, 8, factor=32.0, tied_embeddings=True),
+    ("llama2", "code7"): _llama2("Code Llama 7B", 32, 4096, 11008, 32, 32, 32016, 16384, 1_000_000),
+    ("llama2", "code13"): _llama2("Code Llama 13B", 40, 5120, 13824, 40, 40, 32016, 16384, 1_000_000),
+    ("llama2", "code34"): _llama2("Code Llama 34B", 48, 8192, 22016, 64, 8, 32000, 16384, 1_000_000),
+    ("llama3", "tiny"): _tiny("Llama 3 tiny", 4, 500_000, 8.0),
+    ("llama3", "1"): _llama3("Llama 3.2 1B", 16, 2048, 8192, 32, 8, factor=32.0, tied=True),
+    ("llama3", "3"): _llama3("Llama 3.2 3B", 28, 3072, 8192, 24, 8, factor=32.0, tied=True),
     ("llama3", "8"): _llama3("Llama 3.1 8B", 32, 4096, 14336, 32, 8),
     ("llama3", "70"): _llama3("Llama 3.1 70B", 80, 8192, 28672, 64, 8),
-    ("llama3", "405"): _llama3(
-        "Llama 3.1 405B", 126, 16384, 53248, 128, 8, defaults=MappingProxyType({"TP": 8, "PP": 8})
-    ),
+    ("llama3", "405"): _llama3("Llama 3.1 405B", 126, 16384, 53248, 128, 8, sets=MappingProxyType({"TP": 8, "PP": 8})),
 })  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_rocm.config.schema import OTHERS, Variable, variables
+from megatron_rocm.config.others import OTHERS
+from megatron_rocm.config.schema import Variable, variables
 from megatron_rocm.errors import UsageError
 
 # A secret on a command line is readable by every user of the machine.
@@ -45,7 +46,9 @@ class RunRequest:
 
     def command(self, **changes: str | int) -> str:
         """The line to type for this request with `changes`: a shell command, quoted; secrets are left out."""
-        pairs = {name: said.text for name, said in self.said.items() if name not in (*ENVIRONMENT_ONLY, "DRY_RUN", "TARGET")}
+        pairs = {
+            name: said.text for name, said in self.said.items() if name not in (*ENVIRONMENT_ONLY, "DRY_RUN", "TARGET")
+        }
         pairs |= dict(self.exports) | {name: str(value) for name, value in changes.items()}
         words = [f"{name}={shlex.quote(value)}" for name, value in pairs.items()]
         return " ".join([*words, "bash", f"examples/llama/train_{self.family}.sh"])
@@ -57,7 +60,7 @@ def read(
     environment: Mapping[str, str],
     library_prefixes: tuple[str, ...] = (),
 ) -> RunRequest:
-    """The request of a command line. Arguments win over the environment, that over YAML files, and what comes later over what came earlier.
+    """The request of a command line. Arguments win over the environment, that over YAML files, later ones over earlier.
 
     `arguments` are KEY=VALUE pairs and names of YAML files with the same keys; a name that begins with one of
     `library_prefixes` is handed on to the run's processes. Raises UsageError for an unknown key or a wrong value.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -53,7 +54,7 @@ def var(
     **limits: Any,
 ) -> Any:
     """A field that people set as `name`. `text` describes a default that is computed; `limits` go to pydantic."""
-    meta = {"var": name, "text": text, "state": state, "note": note}
+    meta: JsonDict = {"var": name, "text": text, "state": state, "note": note}
     return Field(default, description=help, json_schema_extra=meta, **limits)
 
 
@@ -126,7 +127,8 @@ class Parallel(Section):
 
 class Precision(Section):
     dtype: Literal["bf16", "fp32", "fp16"] = var(
-        "PRECISION", BY_RULE, "bf16 (FP32 master weights) or fp32; fp16 is refused for now", text="bf16; fp32 for tiny on a CPU",
+        "PRECISION", BY_RULE, "bf16 (FP32 master weights) or fp32; fp16 is refused for now",
+        text="bf16; fp32 for tiny on a CPU",
         state=OURS,
     )  # fmt: skip
     grad_reduce_in_bf16: bool = var(
@@ -146,7 +148,10 @@ class Precision(Section):
         note="on a GPU, in bf16: in fp32 megatron-core's fused kernel rounds gradients to BF16",
     )  # fmt: skip
     cross_entropy_fusion_impl: Literal["te", "native"] = var(
-        "CROSS_ENTROPY_FUSION_IMPL", "te", "whose fused cross entropy", note="native where Transformer Engine is missing"
+        "CROSS_ENTROPY_FUSION_IMPL",
+        "te",
+        "whose fused cross entropy",
+        note="native where Transformer Engine is missing",
     )
     flash_attention: bool = var(
         "USE_FLASH_ATTN", BY_RULE, "flash attention instead of Transformer Engine's fused one",
@@ -161,7 +166,9 @@ class Training(Section):
         text="8, or the next multiple of MBS·DP·PP", ge=1,
     )  # fmt: skip
     num_micro_batches: int
-    seq_length: int = var("SEQ_LENGTH", BY_RULE, "tokens per sequence", text="2048; 4096 for Llama 2; 256 for tiny", ge=1)
+    seq_length: int = var(
+        "SEQ_LENGTH", BY_RULE, "tokens per sequence", text="2048; 4096 for Llama 2; 256 for tiny", ge=1
+    )
     train_iters: int = var("TOTAL_ITERS", 12, "steps to train, counted from the very first", ge=1)
     seed: int = var("SEED", 1234, "seed of weights, data order and dropout", state=OURS, ge=0, lt=2**31)
     recompute: bool = var("RECOMPUTE", False, "recompute activations of whole layers in the backward pass")
@@ -192,7 +199,10 @@ class Data(Section):
     )
     split: str = var("SPLIT", "99,1,0", "shares of training, validation and test documents", state=OURS)
     cache_path: str | None = var(
-        "DATA_CACHE_PATH", BY_RULE, "folder for index files, shared by all nodes", text="`cache` beside the first prefix"
+        "DATA_CACHE_PATH",
+        BY_RULE,
+        "folder for index files, shared by all nodes",
+        text="`cache` beside the first prefix",
     )
     tokenizer_type: Literal["HuggingFaceTokenizer", "Llama2Tokenizer"] = var(
         "TOKENIZER_TYPE", "HuggingFaceTokenizer", "HuggingFaceTokenizer or Llama2Tokenizer (a SentencePiece file)"
@@ -206,15 +216,18 @@ class Data(Section):
 
 class Checkpoint(Section):
     save: str | None = var(
-        "SAVE_CKPT_PATH", None, "folder for checkpoints; a run resumes from what it finds there", text="nothing is saved",
-        state=REPAIRED, note="holds optimizer, scheduler, RNG and data position too, so that resume is exact",
+        "SAVE_CKPT_PATH", None, "folder for checkpoints; a run resumes from what it finds there",
+        text="nothing is saved", state=REPAIRED,
+        note="holds optimizer, scheduler, RNG and data position too, so that resume is exact",
     )  # fmt: skip
     load: str | None = var(
         "LOAD_CKPT_PATH", None, "checkpoint folder to start from where SAVE_CKPT_PATH holds none", text="none",
         state=REPAIRED, note="loads the whole state; the guide's scripts drop optimizer and RNG",
     )  # fmt: skip
     save_interval: int = var("SAVE_INTERVAL", 5000, "steps between checkpoints", ge=1)
-    save_timeout: int = var("SAVE_TIMEOUT", 1800, "seconds after which a save that hangs ends the run", state=OURS, ge=1)
+    save_timeout: int = var(
+        "SAVE_TIMEOUT", 1800, "seconds after which a save that hangs ends the run", state=OURS, ge=1
+    )
 
 
 class Logging(Section):
@@ -230,9 +243,7 @@ class Launch(Section):
     """What may differ from node to node; left out of the hash."""
 
     node_rank: int = var("NODE_RANK", 0, "this node's number, 0 is the master", ge=0)
-    master_addr: str = var(
-        "MASTER_ADDR", "localhost", "host name or address of node 0", pattern=r"^[\w.:%\[\]-]+$"
-    )
+    master_addr: str = var("MASTER_ADDR", "localhost", "host name or address of node 0", pattern=r"^[\w.:%\[\]-]+$")
     master_port: int = var("MASTER_PORT", BY_RULE, "TCP port on node 0", text="6000; 6020 for Llama 2", ge=1, le=65535)
     rdzv_timeout: int = var("RDZV_TIMEOUT", 600, "seconds to wait for the other nodes", state=OURS, ge=5)
     exp_name: str = var(
@@ -289,49 +300,6 @@ class RunConfig(Section):
         if run.hash != said:
             raise ValueError(f"{path}: the configuration was changed by hand (hash {run.hash}, file says {said})")
         return run
-
-
-@dataclass(frozen=True)
-class Other:
-    """A variable of the guide's without a field here: what values pass, and what is said of the others."""
-
-    name: str
-    default: str
-    help: str
-    state: str
-    note: str
-    passes: tuple[str, ...] | None = None  # None: any value
-
-
-LATER = "not in this version"
-
-OTHERS = (
-    Other("MOCK_DATA", "", "1: mock data, 0: DATA_PATH is needed", WORKS, "older scripts' word for DATA_PATH unset", ("0", "1")),
-    Other("DATA_DIR", "", "older scripts' folder for tokenizer files", NO_EFFECT, "prepare_dataset.sh's folder; the Hugging Face cache holds tokenizers"),
-    Other("MCORE", "1", "megatron-core's models", NO_EFFECT, "there are no others upstream; MCORE=0 is refused", ("1",)),
-    Other("GEMM_TUNING", "1", "Transformer Engine's GEMM auto-selection", WORKS, "AMD with Transformer Engine", ("0", "1")),
-    Other("CKPT_FORMAT", "torch_dist", "checkpoint format", REPAIRED, "torch_dist is the one there is: `torch` belongs to Megatron-LM's own trainer", ("torch_dist",)),
-    Other("HF_TOKEN", "", "Hugging Face token for a gated tokenizer", WORKS, "from the environment only"),
-    Other("WANDB_API_KEY", "", "turns Weights & Biases on", WORKS, "from the environment only; needs `pip install megatron-rocm[wandb]`"),
-    Other("DDP_AVERAGE_IN_COLLECTIVE", "1", "average gradients inside the collective", NO_EFFECT, "the loss is divided once, by the step's token count, which is the same in every layout", ("0", "1")),
-    Other("TE_FP8", "0", "FP8 through Transformer Engine", REFUSED, f"FP8 is {LATER}", ("0",)),
-    Other("TE_FP8_RECIPE", "delayed", "FP8 scaling recipe", NO_EFFECT, "read with TE_FP8=1 only", ("delayed", "tensorwise", "blockwise", "mxfp8")),
-    Other("FP8_PARAM_GATHER", "0", "gather parameters in FP8", REFUSED, f"FP8 is {LATER}", ("0",)),
-    Other("FP8_TRANSPOSE_CACHE", "0", "keep FP8 transposes", REFUSED, f"FP8 is {LATER}", ("0",)),
-    Other("TE_FP4", "0", "FP4 through Transformer Engine", REFUSED, "a kernel of AMD's fork that upstream does not have", ("0",)),
-    Other("TE_FP4_RECIPE", "nvfp4", "FP4 recipe", NO_EFFECT, "read with TE_FP4=1 only", ("nvfp4", "mxfp4")),
-    Other("FP4_PARAM_GATHER", "0", "gather parameters in FP4", REFUSED, "FP4 has no counterpart upstream", ("0",)),
-    Other("FP4_SELECTIVE_BF16", "0", "some layers in BF16", NO_EFFECT, "read with TE_FP4=1 only", ("0", "1")),
-    Other("FP4_BF16_START", "2", "first layers in BF16", NO_EFFECT, "read with TE_FP4=1 only"),
-    Other("FP4_BF16_END", "8", "last layers in BF16", NO_EFFECT, "read with TE_FP4=1 only"),
-    Other("MEGATRON_FSDP", "0", "Megatron-FSDP", REFUSED, f"Megatron-FSDP is {LATER}: FSDP=1 is PyTorch's", ("0",)),
-    Other("ENABLE_HSDP", "0", "FSDP within, replicas across groups", REFUSED, f"HSDP is {LATER}", ("0",)),
-    Other("HSDP_NUM_REPLICAS", "2", "replicas of HSDP", NO_EFFECT, "read with ENABLE_HSDP=1 only"),
-    Other("CONTI_PARAMS", "0", "contiguous parameters in local DDP", REFUSED, "upstream's gradient buffers are always contiguous; the option is gone", ("0",)),
-    Other("ENABLE_PROFILING", "0", "torch profiler", REFUSED, f"profiling is {LATER}", ("0",)),
-    Other("TARGET", "", "plan for another machine: mi250x mi300x mi325x mi355x a100 h100 h200 b200 cpu", OURS, "with DRY_RUN=1"),
-    Other("DRY_RUN", "0", "1: print configuration, environment and command, start nothing", OURS, "", ("0", "1")),
-)  # fmt: skip
 
 
 def variables() -> Iterator[Variable]:

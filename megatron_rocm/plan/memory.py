@@ -79,7 +79,9 @@ def lower_bound(run: RunConfig) -> Bound:
     optimizer's state by DP·CP, FSDP weights and gradients too.
     """
     held, shards = parameters_per_process(run), run.parallel.dp * run.parallel.cp
-    weight, gradient = (4, 4) if run.precision.dtype == "fp32" else (2, _gradient_bytes(run.precision, run.parallel.fsdp))
+    weight, gradient = (
+        (4, 4) if run.precision.dtype == "fp32" else (2, _gradient_bytes(run.precision, run.parallel.fsdp))
+    )
     moments = 8 if run.optimizer.name == "adam" else 4
     state = moments + (0 if run.precision.dtype == "fp32" else 4)
     sharded = held / shards

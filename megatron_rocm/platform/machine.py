@@ -125,7 +125,7 @@ def _tier(arch: str) -> Tier:
 
 
 def _amd_gpus(root: Path) -> tuple[tuple[Gpu, ...], str] | None:
-    """GPUs of the KFD topology: nodes with compute units. Source: Linux Documentation/ABI, drivers/gpu/drm/amd/amdkfd."""
+    """GPUs of the KFD topology: nodes with compute units. Source: Linux drivers/gpu/drm/amd/amdkfd/kfd_topology.c."""
     found, arch = [], ""
     nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("[0-9]*")
     for node in sorted(nodes, key=lambda path: int(path.name)):
@@ -157,7 +157,9 @@ def _partition(root: Path) -> str:
 
 def _nvidia_gpus(environment: Mapping[str, str]) -> tuple[tuple[Gpu, ...], str] | None:
     """GPUs that nvidia-smi lists, MIG instances in the place of the GPU that is divided into them."""
-    listed = _output(environment, "nvidia-smi", "--query-gpu=uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
+    listed = _output(
+        environment, "nvidia-smi", "--query-gpu=uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits"
+    )
     found, arch = [], ""
     for line in listed.splitlines():
         parts = [part.strip() for part in line.split(",")]
@@ -183,7 +185,7 @@ def _with_mig(gpus: list[Gpu], listing: str) -> list[Gpu]:
 
 
 def _masked(gpus: tuple[Gpu, ...], mask: str | None) -> tuple[Gpu, ...]:
-    """What a visible-devices mask leaves: numbers or UUID beginnings; like the runtimes, it ends at the first wrong one."""
+    """What a visible-devices mask of numbers or UUID beginnings leaves; as for the runtimes, it ends at a wrong one."""
     if mask is None:
         return gpus
     left: list[Gpu] = []

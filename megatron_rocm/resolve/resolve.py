@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -220,7 +221,11 @@ def _adjust(draft: Draft) -> None:
             draft.adjust(name, False, "a kernel of Transformer Engine's, which is not used here")
         draft.adjust("CROSS_ENTROPY_FUSION_IMPL", "native", "Transformer Engine is not used here")
     if draft["CROSS_ENTROPY_LOSS_FUSION"] and (draft.machine.vendor == "cpu" or draft["PRECISION"] == "fp32"):
-        why = "no GPU to fuse kernels on" if draft.machine.vendor == "cpu" else "the fused kernel rounds gradients to BF16"
+        why = (
+            "no GPU to fuse kernels on"
+            if draft.machine.vendor == "cpu"
+            else "the fused kernel rounds gradients to BF16"
+        )
         draft.adjust("CROSS_ENTROPY_LOSS_FUSION", False, why)
     if not draft["ROPE_FUSION"]:
         draft.adjust("FUSED_SINGLE_QKV_ROPE", False, "ROPE_FUSION=0")
@@ -234,7 +239,9 @@ def _adjust(draft: Draft) -> None:
     elif draft["RECOMPUTE_NUM_LAYERS"] > most:
         draft.adjust("RECOMPUTE_NUM_LAYERS", most, "the layers a process holds")
     if draft["NNODES"] > 1 and draft["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
-        draft.notes.append(f"MASTER_ADDR={draft['MASTER_ADDR']} reaches this machine only: other hosts need node 0's address")
+        draft.notes.append(
+            f"MASTER_ADDR={draft['MASTER_ADDR']} reaches this machine only: other hosts need node 0's address"
+        )
     if "SAVE_CKPT_PATH" not in draft.origins or not draft["SAVE_CKPT_PATH"]:
         draft.notes.append("SAVE_CKPT_PATH is not set: nothing is saved")
 
@@ -265,7 +272,7 @@ def _config(draft: Draft, request: RunRequest, facts: DataFacts | None, now: dat
         "training": {"num_micro_batches": draft.micro_batches},
         "data": {
             "blend": blend and tuple((1.0 if weight is None else weight, prefix) for weight, prefix in blend),
-            "cache_path": draft.values.get("DATA_CACHE_PATH") or (blend and f"{blend[0][1].rpartition('/')[0] or '.'}/cache"),
+            "cache_path": draft.values.get("DATA_CACHE_PATH") or (blend and f"{os.path.dirname(blend[0][1]) or '.'}/cache"),
             "tokenizer_model": facts.tokenizer_model if facts else None,
             "eod": facts.eod if facts else preset.eod,
         },
@@ -314,12 +321,13 @@ def _check_fit(config: RunConfig, request: RunRequest, machine: Machine, facts: 
     if _fits(config, machine):
         return
     bound, room = lower_bound(config), _room(config, machine)
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in
-                      (("weights", bound.weights), ("gradients", bound.gradients), ("optimizer", bound.optimizer)))  # fmt: skip
+    sizes = {"weights": bound.weights, "gradients": bound.gradients, "optimizer": bound.optimizer}
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items())
     raise UsageError(
         f"MODEL_SIZE={config.model.size} ({config.model.title}) can't fit: a process of TP={config.parallel.tp}, "
         f"PP={config.parallel.pp}, DP={config.parallel.dp} needs at least {bound.total / GIB:.1f} GiB before any "
-        f"activation ({parts}), and {machine.name} has {room / GIB:.1f} GiB for it{_way_out(config, request, machine, facts)}"
+        f"activation ({parts}), and {machine.name} has {room / GIB:.1f} GiB for it"
+        f"{_way_out(config, request, machine, facts)}"
     )
 
 
@@ -342,8 +350,11 @@ def _way_out(config: RunConfig, request: RunRequest, machine: Machine, facts: Da
 
 
 def _on_nodes(request: RunRequest, nodes: int) -> str:
-    changes = {"NNODES": nodes, "NODE_RANK": "$i", "MASTER_ADDR": "$HEAD"}
-    line = request.command(**changes).replace("'$i'", "$i").replace("'$HEAD'", "$HEAD")
+    line = (
+        request.command(NNODES=nodes, NODE_RANK="$i", MASTER_ADDR="$HEAD")
+        .replace("'$i'", "$i")
+        .replace("'$HEAD'", "$HEAD")
+    )
     return f"It takes {nodes} such nodes: on node i (0 to {nodes - 1}), HEAD being the address of node 0, run\n  {line}"
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_rocm.config.presets import Preset
 from megatron_rocm.errors import UsageError
-from megatron_rocm.platform.machine import Machine
 from megatron_rocm.plan.memory import layers_per_chunk
+from megatron_rocm.platform.machine import Machine
 
 
 class TooFewProcesses(UsageError):

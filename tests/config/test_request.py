@@ -91,6 +91,8 @@ def test_yaml_that_is_no_mapping_of_keys(tmp_path, content):
 
 
 def test_command_can_be_typed_and_keeps_secrets_out():
-    request = read("llama3", ["MODEL_SIZE=405", "LOG_DIR=a b", "DRY_RUN=1", "NCCL_DEBUG=INFO"], {"HF_TOKEN": "hf_x"}, ("NCCL_",))
+    request = read(
+        "llama3", ["MODEL_SIZE=405", "LOG_DIR=a b", "DRY_RUN=1", "NCCL_DEBUG=INFO"], {"HF_TOKEN": "hf_x"}, ("NCCL_",)
+    )
     line = request.command(NNODES=2)
     assert line == "MODEL_SIZE=405 LOG_DIR='a b' NCCL_DEBUG=INFO NNODES=2 bash examples/llama/train_llama3.sh"

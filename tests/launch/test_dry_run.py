@@ -8,7 +8,8 @@ import pytest
 from processes import ROOT, environment
 
 from megatron_rocm import cli
-from megatron_rocm.config.schema import OTHERS, variables
+from megatron_rocm.config.others import OTHERS
+from megatron_rocm.config.schema import variables
 
 WITHOUT_TORCH = """
 import sys

@@ -20,9 +20,13 @@ def amd_tree(root: Path, gpus: int, memory: int, version: int = 90402) -> Path:
         (node / "mem_banks/0").mkdir(parents=True)
         gpu = number > 0
         (node / "properties").write_text(
-            f"cpu_cores_count 0\nsimd_count 1216\ngfx_target_version {version}\nunique_id {1000 + number}\n" if gpu else CPU_NODE
+            f"cpu_cores_count 0\nsimd_count 1216\ngfx_target_version {version}\nunique_id {1000 + number}\n"
+            if gpu
+            else CPU_NODE
         )
-        (node / "mem_banks/0/properties").write_text(f"heap_type {1 if gpu else 0}\nsize_in_bytes {memory if gpu else GIB}\n")
+        (node / "mem_banks/0/properties").write_text(
+            f"heap_type {1 if gpu else 0}\nsize_in_bytes {memory if gpu else GIB}\n"
+        )
     (root / "proc").mkdir()
     (root / "proc/meminfo").write_text("MemTotal:       2097152000 kB\n")
     return root
@@ -45,7 +49,9 @@ def test_amd_gpus_and_memory(tmp_path):
     assert machine.host_memory == 2097152000 * 1024
 
 
-@pytest.mark.parametrize(("version", "arch"), [(90010, "gfx90a"), (90402, "gfx942"), (90500, "gfx950"), (100300, "gfx1030")])
+@pytest.mark.parametrize(
+    ("version", "arch"), [(90010, "gfx90a"), (90402, "gfx942"), (90500, "gfx950"), (100300, "gfx1030")]
+)
 def test_amd_architecture(tmp_path, version, arch):
     assert detect({}, amd_tree(tmp_path, 1, GIB, version)).arch == arch
 
@@ -65,7 +71,10 @@ def test_partitions_are_devices_of_their_own(tmp_path):
     [
         ({"HIP_VISIBLE_DEVICES": "0,1"}, 2),
         ({"ROCR_VISIBLE_DEVICES": "4,5,6,7"}, 4),
-        ({"ROCR_VISIBLE_DEVICES": "4,5,6,7", "HIP_VISIBLE_DEVICES": "0,3,4"}, 2),  # HIP counts what ROCr left: 4 is none
+        (
+            {"ROCR_VISIBLE_DEVICES": "4,5,6,7", "HIP_VISIBLE_DEVICES": "0,3,4"},
+            2,
+        ),  # HIP counts what ROCr left: 4 is none
         ({"CUDA_VISIBLE_DEVICES": "2"}, 1),
         ({"CUDA_VISIBLE_DEVICES": "2", "HIP_VISIBLE_DEVICES": "0,1,2"}, 3),
         ({"ROCR_VISIBLE_DEVICES": "GPU-3e9,GPU-3ea"}, 2),  # unique_id 1001 and 1002 in hexadecimal

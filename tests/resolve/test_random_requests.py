@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_rocm.config import RunConfig, read
-from megatron_rocm.config.schema import OTHERS, variables
+from megatron_rocm.config.others import OTHERS
+from megatron_rocm.config.schema import variables
 from megatron_rocm.errors import UsageError
 from megatron_rocm.model.build import ddp_config, optimizer_config, transformer_config
 from megatron_rocm.plan.memory import layers_per_chunk, lower_bound
@@ -30,8 +31,12 @@ SENSIBLE = {
     "SEQ_LENGTH": st.sampled_from(["256", "512", "2048", "8192", "131072", "255", "1"]),
 }
 SENSIBLE |= {other.name: st.sampled_from(other.passes or ("1", "2")) for other in OTHERS if other.name != "TARGET"}
-SENSIBLE |= {name: st.sampled_from(["8", "16", "32", "64", "128", "24"]) for name in ("BS", "TOTAL_ITERS", "LR_DECAY_ITERS")}
-SENSIBLE |= {name: st.sampled_from(["1", "1", "2", "4", "8", "3"]) for name in ("TP", "PP", "CP", "VPP", "MBS", "NNODES")}
+SENSIBLE |= {
+    name: st.sampled_from(["8", "16", "32", "64", "128", "24"]) for name in ("BS", "TOTAL_ITERS", "LR_DECAY_ITERS")
+}
+SENSIBLE |= {
+    name: st.sampled_from(["1", "1", "2", "4", "8", "3"]) for name in ("TP", "PP", "CP", "VPP", "MBS", "NNODES")
+}
 SMALL = st.sampled_from(["0", "1", "1", "2", "3", "8"])
 MUTATED = st.one_of(
     st.text(max_size=12),
