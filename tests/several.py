@@ -1,6 +1,6 @@
-"""Train several runs of the same world size one after the other in the same processes: starting them costs 13 s.
+"""Train several runs of one world size, one after the other in the same processes: starting processes costs 13 s.
 
-    torchrun … tests/several.py RUN.json RUN.json …
+The arguments, after torchrun's, are the runs' files.
 """
 
 from __future__ import annotations

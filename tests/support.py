@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -89,7 +90,8 @@ def start(run: RunConfig, *program: str) -> subprocess.Popen[str]:
     run.save(folder / "run.json")
     return subprocess.Popen(
         [
-            sys.executable, "-m", "megatron_rocm.launch.torchrun", "--nnodes=1", f"--nproc-per-node={run.parallel.world_size}",
+            sys.executable, "-m", "megatron_rocm.launch.torchrun",
+            "--nnodes=1", f"--nproc-per-node={run.parallel.world_size}",
             "--master-addr=127.0.0.1", f"--master-port={free_port()}", "--",
             *(program or ("-m", "megatron_rocm.train", "--config", str(folder / "run.json"))),
         ],
@@ -124,10 +126,8 @@ def train_all(*runs: RunConfig) -> None:
 
 def kill(process: subprocess.Popen[str]) -> None:
     """kill -9 for the launcher and all it started, if they still run."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

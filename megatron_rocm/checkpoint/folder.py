@@ -1,4 +1,4 @@
-"""Megatron-LM's folder layout: `iter_0000100/` for each checkpoint, `latest_checkpointed_iteration.txt` names the newest.
+"""Megatron-LM's folder layout: `iter_0000100/` and so on; `latest_checkpointed_iteration.txt` names the newest.
 
 Needs no torch, so that launchers and tools can ask too.
 """

@@ -7,6 +7,7 @@ parts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def tensors(model: FullySharded, optimizer: MegatronOptimizer) -> dict[str, tupl
         if main is not parameter:
             kept["fp32_param"] = main
         for key, value in kept.items():
-            found[f"{OPTIMIZER}.{key}.{name}"] = value, Place(f"{OPTIMIZER}.{key}.{place.key}", place.layer, place.layers)
+            found[f"{OPTIMIZER}.{key}.{name}"] = value, replace(place, key=f"{OPTIMIZER}.{key}.{place.key}")
     return found
 
 
@@ -57,7 +58,7 @@ def steps(optimizer: MegatronOptimizer) -> float:
     return max((float(state["step"]) for _, _, state in _states(optimizer) if "step" in state), default=0.0)
 
 
-def _states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+def _states(optimizer: MegatronOptimizer) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
     """(model parameter, the one that is optimized, its optimizer state); the two are one in FP32."""
     for part in optimizer.chained_optimizers:  # type: ignore[attr-defined]
         pairs = [(parameter, parameter) for group in part.optimizer.param_groups for parameter in group["params"]]
@@ -74,7 +75,7 @@ def _states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.
 
 def _rows(tensor: DTensor, place: Place) -> ShardedTensor | None:
     """This rank's rows as a part of the whole tensor; None where it has none. FSDP cuts as torch.chunk does."""
-    local = tensor.detach().to_local()
+    local = tensor.to_local().detach()
     if not local.numel():
         return None
     mesh = tensor.device_mesh

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
-from megatron_rocm.checkpoint.folder import TRACKER, WHOLE, latest, remove_partial
+from megatron_rocm.checkpoint.folder import TRACKER, WHOLE, latest
 from megatron_rocm.checkpoint.state import RNG, State, restore, sharded
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def find(run: RunConfig) -> Path | None:
-    """The checkpoint this run goes on from; None where it starts anew. Raises UsageError for a damaged or missing one."""
+    """The checkpoint this run goes on from; None where it starts anew. Raises UsageError for a damaged one."""
     if run.checkpoint.save and (path := latest(run.checkpoint.save)):
         return path
     if not run.checkpoint.load:
@@ -40,14 +40,12 @@ def find(run: RunConfig) -> Path | None:
 
 
 def resume(run: RunConfig, state: State) -> Path | None:
-    """Bring `state` to where the newest checkpoint left off; every rank calls it. The checkpoint, None if there is none.
+    """Bring `state` to where the newest checkpoint left off; every rank calls it. The checkpoint, or None.
 
     With the same layout, training goes on bit-identically. With another, weights, optimizer, data position and
     schedule are the same, the random generators are not. Raises UsageError.
     """
-    if run.checkpoint.save and dist.get_rank() == 0:
-        remove_partial(run.checkpoint.save)
-    path = find(run)
+    path = _find_together(run)
     if path is None:
         return None
     common = _read(path, lambda: dist_checkpointing.load_common_state_dict(str(path)))
@@ -58,6 +56,25 @@ def resume(run: RunConfig, state: State) -> Path | None:
     same_layout = all(saved["parallel"][size] == getattr(run.parallel, size) for size in LAYOUT)
     _read(path, lambda: _load(path, state, with_rng=same_layout))
     return path
+
+
+def _find_together(run: RunConfig) -> Path | None:
+    """`find`, with one answer for all ranks; its UsageError too is raised on all."""
+    try:
+        mine = find(run), ""
+    except UsageError as error:
+        mine = None, str(error)
+    answers: list[tuple[Path | None, str]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(answers, mine)
+    for path, fault in answers:
+        if fault:
+            raise UsageError(fault)
+        if path != mine[0]:
+            raise UsageError(
+                f"nodes see different checkpoints: {path or 'none'} and {mine[0] or 'none'}. "
+                "SAVE_CKPT_PATH and LOAD_CKPT_PATH must lie on a file system that all nodes share"
+            )
+    return mine[0]
 
 
 def check(run: RunConfig, saved: dict[str, Any], path: Path) -> None:

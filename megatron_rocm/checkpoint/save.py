@@ -16,9 +16,10 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 
-from megatron_rocm.checkpoint.folder import PARTIAL, checkpoint_path, set_latest, sync_folder
+from megatron_rocm.checkpoint.folder import PARTIAL, checkpoint_path, remove_partial, set_latest, sync_folder
 from megatron_rocm.checkpoint.state import State, metadata, sharded
 from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.errors import UsageError
 from megatron_rocm.train import adam_state
 
 
@@ -39,6 +40,35 @@ class InProcess(torch_dist.TorchDistSaveShardedStrategy):
             storage_writer=dcp.FileSystemWriter(checkpoint_dir, sync_files=True),
             planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
+
+
+def prepare(run: RunConfig) -> None:
+    """Make SAVE_CKPT_PATH ready; every rank calls it before the first save.
+
+    Raises UsageError, on every rank, where it can't be written or is not the same folder on all nodes: each node would
+    keep its own part of every checkpoint.
+    """
+    root = Path(run.checkpoint.save or "")
+    probe, fault = root / f".shared-{os.urandom(4).hex()}", ""
+    if dist.get_rank() == 0:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            remove_partial(root)
+            probe.touch()
+        except OSError as error:
+            fault = f"SAVE_CKPT_PATH={root} can't be written: {error.strerror}"
+    told: list[Any] = [probe, fault]
+    dist.broadcast_object_list(told)
+    probe, fault = told
+    if fault:
+        raise UsageError(fault)
+    sees = probe.exists()
+    all_see: list[bool] = [sees] * dist.get_world_size()
+    dist.all_gather_object(all_see, sees)
+    if dist.get_rank() == 0:
+        probe.unlink()
+    if not all(all_see):
+        raise UsageError(f"SAVE_CKPT_PATH={root}: some nodes see another folder there. Name one that all nodes share")
 
 
 def save(run: RunConfig, state: State) -> Path:
@@ -98,7 +128,7 @@ def bounded(seconds: float, what: str) -> Iterator[None]:
 def _whereabouts(thread: int) -> str:
     """The innermost calls of a thread."""
     frame = sys._current_frames().get(thread)
-    calls = []
+    calls: list[str] = []
     while frame and len(calls) < 3:
         calls.append(f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})")
         frame = frame.f_back

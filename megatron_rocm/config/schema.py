@@ -240,7 +240,7 @@ class Logging(Section):
 
 
 class Launch(Section):
-    """What may differ from node to node; left out of the hash."""
+    """How this node's part of the run is started."""
 
     node_rank: int = var("NODE_RANK", 0, "this node's number, 0 is the master", ge=0)
     master_addr: str = var("MASTER_ADDR", "localhost", "host name or address of node 0", pattern=r"^[\w.:%\[\]-]+$")
@@ -264,6 +264,10 @@ class Hardware(Section):
     threads: int = Field(description="CPU threads per process")
 
 
+# What may differ from node to node.
+NODE_LOCAL: Any = {"launch": True, "hardware": {"gpu_memory", "threads"}}
+
+
 class RunConfig(Section):
     """A resolved run. Frozen; equal hashes mean equal runs."""
 
@@ -280,8 +284,8 @@ class RunConfig(Section):
 
     @property
     def hash(self) -> str:
-        """16 hex digits over everything but the node-local launch section."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"launch"}), sort_keys=True)
+        """16 hex digits over everything that all nodes of a run have in common."""
+        text = json.dumps(self.model_dump(mode="json", exclude=NODE_LOCAL), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:

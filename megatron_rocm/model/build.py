@@ -18,9 +18,9 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 
 from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.model.init import fill
 from megatron_rocm.model.llama import Llama
 from megatron_rocm.model.spec import block_spec
-from megatron_rocm.model.init import fill
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -59,7 +59,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         # Interleaved stages with batched p2p are silently wrong at PP=2 (loss off by 0.36 after five steps).
         overlap_p2p_comm=parallel.vpp > 1,
         batch_p2p_comm=parallel.vpp == 1,
-        # An output is given back once its sending has begun. A GPU's stream sends it first; gloo sends what is there then.
+        # An output is freed once its sending has begun. A GPU's stream sends it first; gloo sends what is there then.
         deallocate_pipeline_outputs=gpu,
         # The loss is a sum over tokens, divided once by the step's token count. DDP reads this when it is built:
         # set later, it leaves gradients divided by the data parallel size as well.
@@ -142,8 +142,7 @@ def build_model(run: RunConfig) -> list[torch.nn.Module]:
     ddp = ddp_config(run)
     # Only the first chunk's gradients are reduced in buckets: those of the others overlap with its backward pass.
     return [
-        DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0)
-        for number, chunk in enumerate(chunks)
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
     ]
 
 
@@ -174,7 +173,7 @@ def build_chunks(run: RunConfig, config: TransformerConfig) -> list[torch.nn.Mod
     return chunks
 
 
-def core(chunk: torch.nn.Module) -> GPTModel:
+def core(chunk: Any) -> GPTModel:
     """The GPTModel within the wrappers."""
     while not isinstance(chunk, GPTModel):
         chunk = chunk.module

@@ -47,18 +47,14 @@ def shard(config: TransformerConfig, model: torch.nn.Module) -> FullySharded:
     return FullySharded(config, model)
 
 
-def _places(model: torch.nn.Module) -> dict[str, Place]:
-    # Float16Module hands the call on and puts its own prefix before the names of parameters only.
+def _places(model: Any) -> dict[str, Place]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places = {}
     for entry in model.sharded_state_dict().values():
-        if isinstance(entry, ShardedTensorFactory):
-            whole, entry = entry.data, entry.build()[0]
-        elif isinstance(entry, ShardedTensor):
-            whole = entry.data
-        else:
-            continue
-        stacked = entry.prepend_axis_num == 1
-        layer, layers = (entry.global_offset[0], entry.global_shape[0]) if stacked else (None, None)
-        places[names[id(whole)]] = Place(entry.key, layer, layers)
+        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+            continue  # Transformer Engine's extra state
+        part = entry if isinstance(entry, ShardedTensor) else entry.build()[0]
+        stacked = part.prepend_axis_num == 1
+        layer, layers = (part.global_offset[0], part.global_shape[0]) if stacked else (None, None)
+        places[names[id(entry.data)]] = Place(part.key, layer, layers)
     return places

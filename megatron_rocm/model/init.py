@@ -66,8 +66,8 @@ def _whole(name: str, parameter: torch.Tensor, run: RunConfig) -> torch.Tensor:
     generator = torch.Generator(parameter.device).manual_seed(seed)
     if not name.endswith(VOCABULARY):
         return torch.empty(shape, device=parameter.device).normal_(0.0, std, generator=generator)
-    # The rows that pad the vocabulary depend on TP. They are no tokens and model/llama.py keeps them out of the loss, so
-    # they stay zero and change nothing.
+    # The rows that pad the vocabulary depend on TP. They are no tokens and model/llama.py keeps them out of the loss,
+    # so they stay zero and change nothing.
     whole = torch.zeros(shape, device=parameter.device)
     whole[: run.model.vocab_size].normal_(0.0, std, generator=generator)
     return whole

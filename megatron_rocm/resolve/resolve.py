@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,8 @@ from megatron_rocm.config import schema
 from megatron_rocm.config.presets import GUIDE_SIZE, PRESETS, sizes
 from megatron_rocm.config.request import RunRequest
 from megatron_rocm.config.schema import RunConfig
-from megatron_rocm.data.facts import DataFacts, describe, parse_blend
+from megatron_rocm.data.facts import DataFacts, check_size, describe, parse_blend, parse_split
+from megatron_rocm.data.hub import is_hub_name
 from megatron_rocm.errors import UsageError
 from megatron_rocm.plan.memory import GIB, lower_bound
 from megatron_rocm.platform.machine import Machine
@@ -64,6 +64,11 @@ def resolve(
         raise UsageError(f"{error}. {_on_nodes(request, nodes)}" if nodes else str(error)) from None
     config = _config(draft, request, facts, now or datetime.datetime.now())
     _check_fit(config, request, machine, facts)
+    if draft["DATA_PATH"]:
+        names = ("train", "valid") if draft["EVAL_ITERS"] > 0 else ("train",)
+        check_size(parse_blend(draft["DATA_PATH"]), draft["SPLIT"], draft["SEQ_LENGTH"], names)
+    elif facts is None and request.text("TOKENIZER_MODEL"):
+        draft.notes.append("TOKENIZER_MODEL is looked up when the run starts; here the vocabulary is the published one")
     said = {**(said_environment or {}), **request.exports}
     tuning = request.text("GEMM_TUNING", "1") == "1"
     settings = environment(config, machine, said, tuning)
@@ -82,7 +87,12 @@ def _data(request: RunRequest, dry_run: bool, describe: Describe) -> DataFacts |
     if not path and not model:
         return None
     kind = request.text("TOKENIZER_TYPE", "HuggingFaceTokenizer")
-    return describe(parse_blend(path) if path else (), kind, model, offline=dry_run)
+    try:
+        return describe(parse_blend(path) if path else (), kind, model, offline=dry_run)
+    except UsageError:
+        if dry_run and not path and model and is_hub_name(model):
+            return None  # a plan needs no network
+        raise
 
 
 def _size(request: RunRequest, machine: Machine, facts: DataFacts | None) -> str:
@@ -184,7 +194,7 @@ def _other_defaults(draft: Draft, request: RunRequest) -> None:
     draft.default("OPTIMIZER", "adam")
     draft.default("MASTER_PORT", 6020 if request.family == "llama2" else 6000)
     draft.default("SPLIT", "99,1,0")
-    draft.set("SPLIT_SHARES", _shares(draft["SPLIT"]), "rule")
+    draft.set("SPLIT_SHARES", parse_split(draft["SPLIT"]), "rule")
     draft.set("WANDB", "WANDB_API_KEY" in request.said, "rule")
     parallel = draft.world > draft.model_parallel
     sharded = draft["OPTIMIZER"] == "adam" and not draft["FSDP"]
@@ -192,16 +202,6 @@ def _other_defaults(draft: Draft, request: RunRequest) -> None:
     draft.default("OVERLAP_PARAM_GATHER", parallel and sharded and draft["OVERLAP_GRAD_REDUCE"])
     draft.default("RECOMPUTE", False)
     draft.default("RECOMPUTE_NUM_LAYERS", None)
-
-
-def _shares(split: str) -> tuple[float, float, float]:
-    """`99,1,0` as three shares."""
-    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){1,2}", split):
-        raise UsageError(f"SPLIT={split}: must be two or three numbers with commas between them, such as 99,1,0")
-    shares = [float(part) for part in split.split(",")]
-    if shares[0] <= 0:
-        raise UsageError(f"SPLIT={split}: the first share is what is trained on and must be above 0")
-    return shares[0], shares[1], shares[2] if len(shares) > 2 else 0.0
 
 
 def _adjust(draft: Draft) -> None:
@@ -253,6 +253,7 @@ def _config(draft: Draft, request: RunRequest, facts: DataFacts | None, now: dat
     vocab = facts.vocab_size if facts else preset.vocab_size
     unit = VOCAB_MULTIPLE * draft["TP"]
     blend = parse_blend(draft["DATA_PATH"]) if draft["DATA_PATH"] else None
+    cache = draft.values.get("DATA_CACHE_PATH") or (blend and f"{os.path.dirname(blend[0][1]) or '.'}/cache")
     derived: dict[str, dict[str, Any]] = {
         "model": {
             **{name: getattr(preset, name) for name in _SHAPE},
@@ -272,7 +273,7 @@ def _config(draft: Draft, request: RunRequest, facts: DataFacts | None, now: dat
         "training": {"num_micro_batches": draft.micro_batches},
         "data": {
             "blend": blend and tuple((1.0 if weight is None else weight, prefix) for weight, prefix in blend),
-            "cache_path": draft.values.get("DATA_CACHE_PATH") or (blend and f"{os.path.dirname(blend[0][1]) or '.'}/cache"),
+            "cache_path": cache,
             "tokenizer_model": facts.tokenizer_model if facts else None,
             "eod": facts.eod if facts else preset.eod,
         },

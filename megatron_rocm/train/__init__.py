@@ -1,1 +1,1 @@
-"""Training a resolved run: `python -m megatron_rocm.train --config RUN.json` under torchrun. Start reading at loop.py."""
+"""Training a resolved run: `python -m megatron_rocm.train --config RUN.json` under torchrun. Read loop.py first."""

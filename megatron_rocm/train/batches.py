@@ -52,5 +52,6 @@ def micro_batches(run: RunConfig, dataset: Dataset[Any], start: int, chunk: torc
         num_workers=2 if gpu else 0,
         pin_memory=gpu,
         persistent_workers=gpu,
+        generator=torch.Generator(),  # not the global one: a resumed run draws from that where the first left off
     )
     return iter(loader)

@@ -26,7 +26,7 @@ _store: list[dist.Store] = []  # where the processes met, once they have
 
 
 def connect(run: RunConfig) -> None:
-    """Join the other processes, within run.launch.rdzv_timeout seconds. Raises UsageError where they can't be reached."""
+    """Join the other processes, within run.launch.rdzv_timeout seconds. Raises UsageError where that can't be."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     torch.set_num_threads(run.hardware.threads)
     gpu = run.hardware.vendor != "cpu"
@@ -38,8 +38,8 @@ def connect(run: RunConfig) -> None:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))  # type: ignore[attr-defined]
     except Exception as error:
         raise UsageError(
-            f"node {run.launch.node_rank} could not reach the master at {where} within {run.launch.rdzv_timeout} seconds: "
-            "is the run started on node 0, and are MASTER_ADDR and MASTER_PORT right and open between the nodes?"
+            f"node {run.launch.node_rank} could not reach the master at {where} within {run.launch.rdzv_timeout} "
+            "seconds: is the run started on node 0, are MASTER_ADDR and MASTER_PORT right, is the port open?"
         ) from error
     store.set_timeout(wait)
     _store.append(store)
@@ -48,7 +48,7 @@ def connect(run: RunConfig) -> None:
     except Exception as error:
         raise UsageError(
             f"not all of the run's {world_size} processes have reached the master at {where} within "
-            f"{run.launch.rdzv_timeout} seconds: start the run on every node, with NODE_RANK 0 to {run.parallel.nnodes - 1}"
+            f"{run.launch.rdzv_timeout} seconds: start the run on every node, NODE_RANK 0 to {run.parallel.nnodes - 1}"
         ) from error
     dist.init_process_group(
         "nccl" if gpu else "gloo",

@@ -6,6 +6,7 @@ Rank 0 alone tells it; on the other ranks a Log does nothing.
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -34,8 +35,17 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+def require_sinks(run: RunConfig) -> None:
+    """Raise UsageError where what the run logs to is not installed."""
+    if run.logging.wandb and not importlib.util.find_spec("wandb"):
+        raise UsageError(
+            "WANDB_API_KEY is set, but Weights & Biases is not installed: "
+            "pip install 'megatron-rocm[wandb]', or unset WANDB_API_KEY"
+        )
+
+
 class Log:
-    """The run's log, from iteration `start` on. Raises UsageError where what was asked for is not installed."""
+    """The run's log, from iteration `start` on."""
 
     def __init__(self, run: RunConfig, start: int) -> None:
         self.run = run
@@ -202,13 +212,8 @@ class WeightsAndBiases:
     """A run in WANDB_PROJECT, named EXP_NAME."""
 
     def __init__(self, run: RunConfig) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UsageError(
-                "WANDB_API_KEY is set, but Weights & Biases is not installed: "
-                "pip install 'megatron-rocm[wandb]', or unset WANDB_API_KEY"
-            ) from None
+        import wandb
+
         config: dict[str, Any] = run.model_dump(mode="json")
         self.run = wandb.init(
             project=run.logging.wandb_project, name=run.launch.exp_name, dir=run.launch.log_dir, config=config

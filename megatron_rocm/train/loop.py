@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
 from megatron_rocm.checkpoint.load import resume
+from megatron_rocm.checkpoint.save import prepare as prepare_folder
 from megatron_rocm.checkpoint.save import save
 from megatron_rocm.checkpoint.state import State
 from megatron_rocm.config.schema import RunConfig
@@ -23,7 +24,7 @@ from megatron_rocm.model.build import build_model, optimizer_config
 from megatron_rocm.train.batches import micro_batches
 from megatron_rocm.train.curve import draw
 from megatron_rocm.train.evaluate import validation_loss
-from megatron_rocm.train.log import METRICS, Log
+from megatron_rocm.train.log import METRICS, Log, require_sinks
 from megatron_rocm.train.step import Result, prepare, train_step
 
 CURVE = "loss.png"
@@ -47,9 +48,12 @@ def train(run: RunConfig) -> Outcome:
 
     Raises UsageError for what the data or a checkpoint have wrong, Diverged for a loss or gradient that is not finite.
     """
+    require_sinks(run)
     train_data, valid_data = open_data(run)
     state = build(run)
     prepare(run, state)
+    if run.checkpoint.save:
+        prepare_folder(run)
     checkpoint = resume(run, state)
     start, last = state.iteration, run.training.train_iters
     log = Log(run, start)
@@ -79,6 +83,7 @@ def train(run: RunConfig) -> Outcome:
         if state.iteration % 100 == 0:
             gc.collect()
 
+    gc.enable()
     if run.checkpoint.save and saved != state.iteration:
         checkpoint = save(run, state)
         log.say(f"saved {checkpoint}")
@@ -107,7 +112,8 @@ def open_data(run: RunConfig) -> tuple[Dataset[Any], Dataset[Any] | None]:
         names=("train", "valid") if evaluates else ("train",),
     )
     if train_data is None or (evaluates and valid_data is None):
-        raise UsageError(f"SPLIT={data.split} leaves no documents to {'train on' if train_data is None else 'evaluate'}")
+        use = "train on" if train_data is None else "evaluate"
+        raise UsageError(f"SPLIT={data.split} leaves no documents to {use}")
     return train_data, valid_data  # type: ignore[return-value]  # map-style: torch asks for __getitem__ alone
 
 
@@ -154,6 +160,6 @@ def must_be_finite(state: State, result: Result) -> None:
 
 def how_to_go_on(run: RunConfig, state: State) -> str:
     stopped = f"stopped as asked after iteration {state.iteration} of {run.training.train_iters}"
-    if run.checkpoint.save:
+    if run.checkpoint.save and state.iteration:
         return f"{stopped}. To go on, start the same command again: it resumes from {run.checkpoint.save}"
-    return f"{stopped}. Nothing is saved: SAVE_CKPT_PATH was not set"
+    return f"{stopped}. Nothing is saved" + ("" if run.checkpoint.save else ": SAVE_CKPT_PATH was not set")

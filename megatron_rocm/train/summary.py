@@ -38,4 +38,3 @@ def _values(line: str) -> dict[str, float] | None:
     if not all(found.values()):
         return None
     return {name: float(match.group(1)) for name, match in found.items() if match}
-

@@ -178,6 +178,7 @@ def test_target_cpu_leaves_gpus_alone():
 def test_hash_is_of_the_run_and_not_of_the_node():
     one, other = resolved("NNODES=2"), resolved("NNODES=2", "NODE_RANK=1", "LOG_DIR=elsewhere")
     assert one.config.hash == other.config.hash
+    assert resolved("NNODES=2", machine=replace(CPU, host_memory=23 * GIB, cores=4)).config.hash == one.config.hash
     assert one.config.hash != resolved("NNODES=2", "SEED=2").config.hash
 
 
