@@ -65,21 +65,21 @@ def _llama3(
     )
 
 
-def _tiny(title: str, groups: int, base: int, factor: float | None) -> Preset:
+def _tiny(title: str, groups: int, positions: int, base: int, factor: float | None) -> Preset:
     sets = MappingProxyType({"SEQ_LENGTH": 256, "LR": 3e-3, "PRECISION": "fp32"})
-    return Preset(title, 4, 256, 768, 8, groups, 4096, 8192, base, factor, eod=1, defaults=sets)
+    return Preset(title, 4, 256, 768, 8, groups, 4096, positions, base, factor, eod=1, defaults=sets)
 
 
 #                                              layers hidden    ffn heads groups
 PRESETS: Mapping[tuple[str, str], Preset] = MappingProxyType({
-    ("llama2", "tiny"): _tiny("Llama 2 tiny", 8, 10_000, None),
+    ("llama2", "tiny"): _tiny("Llama 2 tiny", 8, 4096, 10_000, None),
     ("llama2", "7"): _llama2("Llama 2 7B", 32, 4096, 11008, 32, 32),
     ("llama2", "13"): _llama2("Llama 2 13B", 40, 5120, 13824, 40, 40),
     ("llama2", "70"): _llama2("Llama 2 70B", 80, 8192, 28672, 64, 8),
     ("llama2", "code7"): _llama2("Code Llama 7B", 32, 4096, 11008, 32, 32, 32016, 16384, 1_000_000),
     ("llama2", "code13"): _llama2("Code Llama 13B", 40, 5120, 13824, 40, 40, 32016, 16384, 1_000_000),
     ("llama2", "code34"): _llama2("Code Llama 34B", 48, 8192, 22016, 64, 8, 32000, 16384, 1_000_000),
-    ("llama3", "tiny"): _tiny("Llama 3 tiny", 4, 500_000, 8.0),
+    ("llama3", "tiny"): _tiny("Llama 3 tiny", 4, 131_072, 500_000, 8.0),
     ("llama3", "1"): _llama3("Llama 3.2 1B", 16, 2048, 8192, 32, 8, factor=32.0, tied=True),
     ("llama3", "3"): _llama3("Llama 3.2 3B", 28, 3072, 8192, 24, 8, factor=32.0, tied=True),
     ("llama3", "8"): _llama3("Llama 3.1 8B", 32, 4096, 14336, 32, 8),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._device import _device_constructors
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,15 @@ _installed = False
 def install(_skip: Collection[str] = ()) -> bool:
     """Make megatron-core run on this machine's CPU; do nothing and answer False where torch sees a GPU.
 
-    A second call changes nothing. `_skip` leaves out pieces by name: the tests show with it what each is for.
+    `with torch.device(…)` goes on working: it caches the functions it applies to at first use, so they are cached
+    before some are replaced. A second call changes nothing. `_skip` leaves out pieces by name: the tests show with it
+    what each is for.
     """
     global _installed
     if torch.cuda.is_available():
         return False
     if not _installed:
+        _device_constructors()
         for piece in PIECES:
             if piece.name not in _skip:
                 piece.apply()

@@ -32,24 +32,27 @@ def connect(run: RunConfig) -> None:
     gpu = run.hardware.vendor != "cpu"
     if gpu:
         torch.cuda.set_device(local_rank)
+    seconds = run.launch.rdzv_timeout
     where = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
-    wait = datetime.timedelta(seconds=run.launch.rdzv_timeout)
+    unreachable = UsageError(
+        f"node {run.launch.node_rank} could not reach the master at {where} within {seconds} seconds: "
+        "is the run started on node 0, are MASTER_ADDR and MASTER_PORT right, is the port open?"
+    )
+    absent = UsageError(
+        f"not all of the run's {run.parallel.world_size} processes have reached the master at {where} within "
+        f"{seconds} seconds: start the run on every node, NODE_RANK 0 to {run.parallel.nnodes - 1}"
+    )
+    wait = datetime.timedelta(seconds=seconds)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))  # type: ignore[attr-defined]
-    except Exception as error:
-        raise UsageError(
-            f"node {run.launch.node_rank} could not reach the master at {where} within {run.launch.rdzv_timeout} "
-            "seconds: is the run started on node 0, are MASTER_ADDR and MASTER_PORT right, is the port open?"
-        ) from error
+    except Exception as error:  # rank 0 may keep the store itself, and then waits there for the others
+        raise (absent if os.environ["RANK"] == "0" else unreachable) from error
     store.set_timeout(wait)
     _store.append(store)
     try:
         everyone(store, "joined", rank, world_size)
     except Exception as error:
-        raise UsageError(
-            f"not all of the run's {world_size} processes have reached the master at {where} within "
-            f"{run.launch.rdzv_timeout} seconds: start the run on every node, NODE_RANK 0 to {run.parallel.nnodes - 1}"
-        ) from error
+        raise absent from error
     dist.init_process_group(
         "nccl" if gpu else "gloo",
         store=store,

@@ -182,6 +182,17 @@ def leaves_a_gpu_alone():
     assert before == (torch.tensor, torch.Tensor.cuda, torch.cuda.current_device)
 
 
+def keeps_other_devices():
+    import torch
+
+    from megatron_rocm.platform import cpu
+
+    cpu.install()
+    with torch.device("meta"):
+        made = torch.ones(2), torch.zeros(2), torch.tensor([1]), torch.empty(2)
+    assert all(tensor.device.type == "meta" for tensor in made)
+
+
 def installs_once():
     import torch
 
@@ -211,7 +222,7 @@ def test_piece_is_needed_and_enough(outcomes, piece):
     assert outcomes[piece]["without"] is not None, f"{NEEDED_BY[piece].__name__} works without {piece}"
 
 
-@pytest.mark.parametrize("behaviour", ["leaves_a_gpu_alone", "installs_once"])
+@pytest.mark.parametrize("behaviour", ["leaves_a_gpu_alone", "installs_once", "keeps_other_devices"])
 def test_install(outcomes, behaviour):
     assert outcomes[behaviour] is None
 
@@ -250,7 +261,7 @@ def _try_everything():
     found = {
         name: {"with": _in_child(check, ()), "without": _in_child(check, (name,))} for name, check in NEEDED_BY.items()
     }
-    found |= {check.__name__: _in_child(check) for check in (leaves_a_gpu_alone, installs_once)}
+    found |= {check.__name__: _in_child(check) for check in (leaves_a_gpu_alone, installs_once, keeps_other_devices)}
     print(json.dumps({**found, "pieces": [piece.name for piece in cpu.PIECES]}))
 
 

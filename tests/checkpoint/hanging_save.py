@@ -1,0 +1,19 @@
+"""A worker whose disk never answers."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from megatron_rocm.checkpoint import save
+
+
+def never_ends(*_: object, **__: object) -> None:
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    save.dist_checkpointing.save = never_ends
+    from megatron_rocm.train.process import main
+
+    sys.exit(main(["--config", sys.argv[1]]))
