@@ -37,11 +37,11 @@ def test_the_run_folder_holds_config_and_log(tmp_path: Path) -> None:
 
 
 def test_lines_come_through_whole_and_unchanged(tmp_path: Path) -> None:
-    process = launched(tmp_path, "0.1", "--spam", "300", keys=("TEE_OUTPUT=0",))
+    process = launched(tmp_path, "0.1", "--spam", "2000", keys=("TEE_OUTPUT=0",))
     output = process.communicate(timeout=60)[0]
     log = (tmp_path / "output_perf.log").read_text().splitlines()
     for rank in "01":
-        wanted = [f"\x1b[3{rank}m{rank}|{line}|{'x' * 300}" for line in range(300)]
+        wanted = [f"\x1b[3{rank}m{rank}|{line}|{'x' * 300}" for line in range(2000)]
         assert [line for line in log if line.startswith(f"\x1b[3{rank}m")] == wanted
     assert "xxx" not in output and str(tmp_path / "output_perf.log") in output
 

@@ -48,6 +48,7 @@ def test_a_signal_reaches_each_worker_once_and_the_agent_ends_with_0(number: int
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     assert len(re.findall("saved after 1 signals", output)) == 2
+    assert "one more signal kills" not in output
 
 
 @pytest.mark.slow

@@ -22,6 +22,8 @@ rank = os.environ["RANK"]
 signals: list[int] = []
 signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
 
+if options.spam:
+    time.sleep(2 - time.time() % 2)  # all ranks at once
 for line in range(options.spam):
     print(f"\x1b[3{rank}m{rank}", line, "x" * 300, sep="|")
 print(f"rank {rank} pid {os.getpid()} is up")
