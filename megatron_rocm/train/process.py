@@ -27,8 +27,8 @@ def main(arguments: Sequence[str]) -> int:
     write_whole_lines()
     # megatron-core warns of fused kernels that are missing; which layers are used is decided and said already.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
-    # Its checkpoints are made of a torch class on its way out.
-    warnings.filterwarnings("ignore", message="Please use DTensor instead")
+    # It calls torch by names, and makes checkpoints of a class, that are on their way out.
+    warnings.filterwarnings("ignore", message="(`torch.distributed|Please use DTensor)", category=FutureWarning)
     try:
         run = RunConfig.load(path)
     except (OSError, ValueError, KeyError) as error:
