@@ -25,6 +25,7 @@ FOLDER = Path("runs/demo")
 PREFIX = FOLDER / "data" / "data_text_document"
 CHECKPOINTS = FOLDER / "checkpoints"
 EXPORT = FOLDER / "huggingface"
+METRICS = FOLDER / "metrics.jsonl"
 DONE = FOLDER / "demo.json"
 SCRIPTS = Path(megatron_rocm.__file__).resolve().parents[1] / "examples" / "llama"
 
@@ -47,6 +48,7 @@ TRAIN = {
     "SAVE_CKPT_PATH": str(CHECKPOINTS),
     "LOG_DIR": str(FOLDER),
 }
+PLACES = ("DATA_PATH", "SAVE_CKPT_PATH", "LOG_DIR")
 LEARNED = 0.6  # what must at most be left of the first validation loss
 HELP = """megatron-rocm demo [KEY=VALUE …]
 
@@ -62,9 +64,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if wrong := [word for word in arguments if "=" not in word]:
         raise UsageError(f"demo {wrong[0]}: only KEY=VALUE pairs for the training")
+    if kept := [word for word in arguments if word.split("=")[0] in PLACES]:
+        raise UsageError(f"demo {kept[0]}: the demo keeps to {FOLDER}; for another place use the examples' scripts")
     asked = {**TRAIN, **dict(word.split("=", 1) for word in arguments)}
-    if _json(DONE).get("asked") == asked:
-        print(_summary(_json(DONE)["lines"]))
+    done = _json(DONE)
+    if done.get("asked") == asked and isinstance(done.get("lines"), list):
+        print(_summary(done["lines"]))
         print(f"\nAll of it was done before; to start anew, remove {FOLDER}")
         return 0
     began = time.monotonic()
@@ -88,8 +93,8 @@ def main(arguments: Sequence[str]) -> int:
     lines = generate(EXPORT)
     print(_summary(lines))
     print(f"  time            {time.monotonic() - began:.0f} s")
-    first, last = _validation()
-    if asked == TRAIN and last >= LEARNED * first:
+    losses = _validation()
+    if asked == TRAIN and losses and losses[-1] >= LEARNED * losses[0]:
         print(f"demo: the validation loss should have fallen below {LEARNED:.0%} of its start", file=sys.stderr)
         return 1
     DONE.write_text(json.dumps({"asked": asked, "lines": lines}, indent=1) + "\n")
@@ -121,27 +126,32 @@ def _script(command: str, script: str, pairs: dict[str, str]) -> int:
 
 
 def _summary(lines: Sequence[str]) -> str:
-    first, last = _validation()
+    losses = _validation()
+    validation = f"not in {METRICS}"
+    if losses:
+        validation = f"{losses[0]:.3f} → {losses[-1]:.3f} ({losses[-1] / losses[0]:.0%} of the start)"
     written = "\n".join(f"  > {line!r}" for line in lines)
     return (
         f"\n{written}\n\n"
-        f"  validation loss {first:.3f} → {last:.3f} ({last / first:.0%} of the start)\n"
+        f"  validation loss {validation}\n"
         f"  loss curve      {FOLDER / 'loss.png'}\n"
-        f"  log, numbers    {FOLDER / 'output_perf.log'}, {FOLDER / 'metrics.jsonl'}\n"
+        f"  log, numbers    {FOLDER / 'output_perf.log'}, {METRICS}\n"
         f"  checkpoints     {CHECKPOINTS}\n"
         f"  Hugging Face    {EXPORT}"
     )
 
 
-def _validation() -> tuple[float, float]:
-    """The first and the last validation loss of the run."""
-    rows = [json.loads(line) for line in (FOLDER / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
-    return losses[0], losses[-1]
+def _validation() -> list[float]:
+    """The run's validation losses; empty where there are none, or the file has been removed."""
+    if not METRICS.is_file():
+        return []
+    rows = [json.loads(line) for line in METRICS.read_text().splitlines()]
+    return [row["validation_loss"] for row in rows if "validation_loss" in row]
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}

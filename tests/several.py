@@ -13,6 +13,7 @@ from megatron_rocm.platform import cpu
 if __name__ == "__main__":
     cpu.install()
     from megatron.core import parallel_state
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     from megatron_rocm.train import distributed
     from megatron_rocm.train.loop import train
@@ -23,4 +24,6 @@ if __name__ == "__main__":
         distributed.form_groups(run)
         train(run)
         parallel_state.destroy_model_parallel()
+        # DTensor's operations answer with a mesh that equals theirs: that of the run before, and its groups.
+        _clear_sharding_prop_cache()
     distributed.leave()

@@ -37,6 +37,8 @@ def variables_page() -> str:
         "Give them in the environment, as `KEY=VALUE` arguments or as `KEY: value` in a YAML file whose name is an "
         "argument; arguments win over the environment, the environment over files. A switch takes `1` or `0`. Names "
         "that begin with a library's prefix (`NCCL_`, `RCCL_`, `NVTE_`, `HSA_`, …) are handed on to the processes.\n",
+        "`core.transformer.<field>=`, `core.optimizer.<field>=` and `core.ddp.<field>=` set fields of megatron-core's "
+        "own TransformerConfig, OptimizerConfig and DistributedDataParallelConfig that no variable names.\n",
         "An unknown key, a wrong value or an impossible combination ends with exit status 2 before a process starts.\n",
     ]
     for state, title in states.items():
@@ -62,14 +64,19 @@ def models_page() -> str:
 
 def environment_page() -> str:
     rows = [
-        (f"`{row.name}`", f"`{row.value}`" if isinstance(row.value, str) else "computed", row.why, row.source)
+        (
+            f"`{row.name}`",
+            f"`{row.value}`" if isinstance(row.value, str) else "computed",
+            row.why + " (forced)" * row.forced,
+            row.source,
+        )
         for row in (*SETTINGS, *GEMM_TUNING)
     ]
     return "\n".join([
         MADE,
         "# Environment settings\n",
         "What the launcher sets for a run's processes where it applies; `DRY_RUN=1` prints what applies to a run. "
-        "A value of your own always wins.\n",
+        "A value of your own wins, but where the row says forced.\n",
         table(("name", "value", "why", "source"), rows),
     ])  # fmt: skip
 

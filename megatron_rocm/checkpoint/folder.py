@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -26,17 +27,34 @@ def latest(root: str | Path) -> Path | None:
     tracker = Path(root) / TRACKER
     try:
         text = tracker.read_text().strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{tracker} can't be read: {error}") from None
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise UsageError(f"{tracker} should hold the number of an iteration, not {text[:40]!r}")
     path = checkpoint_path(root, int(text))
-    if not (path / WHOLE).is_file():
+    if not os.path.isfile(path / WHOLE):
         raise UsageError(
             f"{tracker} names iteration {text}, but {path} is missing or incomplete: write the iteration of a whole "
             f"checkpoint into {TRACKER}, or remove that file to start anew"
+        )
+    return path
+
+
+def find(run: RunConfig) -> Path | None:
+    """The checkpoint `run` goes on from; None where it starts anew. Raises UsageError for one that is not there."""
+    if run.checkpoint.save and (path := latest(run.checkpoint.save)):
+        return path
+    if not run.checkpoint.load:
+        return None
+    if os.path.isfile(Path(run.checkpoint.load) / WHOLE):  # one checkpoint's own folder
+        return Path(run.checkpoint.load)
+    path = latest(run.checkpoint.load)
+    if not path:
+        raise UsageError(
+            f"LOAD_CKPT_PATH={run.checkpoint.load}: there is no checkpoint, as it has no {TRACKER}. "
+            "Name a folder that SAVE_CKPT_PATH has named before, or one iteration's folder in it"
         )
     return path
 

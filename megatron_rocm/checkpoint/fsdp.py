@@ -16,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.tensor import DTensor
 
 from megatron_rocm.model.fsdp import FullySharded, Place
+from megatron_rocm.train import adam_state
 
 OPTIMIZER = "optimizer.state"  # begins the keys of optimizer tensors, as with megatron-core's other optimizers
 
@@ -24,53 +25,60 @@ def tensors(model: FullySharded, optimizer: MegatronOptimizer) -> dict[str, tupl
     """Every tensor of model and optimizer that a checkpoint holds, by its name in this process."""
     names = {id(parameter): name for name, parameter in model.module.named_parameters()}
     found = {name: (parameter, model.places[name]) for name, parameter in model.module.named_parameters()}
-    for parameter, main, state in _states(optimizer):
+    for parameter, state in _states(optimizer):
         name = names[id(parameter)]
         place = model.places[name]
-        kept = {key: value for key, value in state.items() if key != "step"}
-        if main is not parameter:
-            kept["fp32_param"] = main
-        for key, value in kept.items():
+        for key, value in state.items():
+            if key == "step":
+                continue
             found[f"{OPTIMIZER}.{key}.{name}"] = value, replace(place, key=f"{OPTIMIZER}.{key}.{place.key}")
     return found
 
 
 def sharded(model: FullySharded, optimizer: MegatronOptimizer) -> dict[str, ShardedTensor]:
     """This rank's rows of all of them, for megatron-core's dist_checkpointing. Loading writes into the tensors."""
+    adam_state.initialize_all(optimizer)
     rows = {name: _rows(tensor, place) for name, (tensor, place) in tensors(model, optimizer).items()}
     return {name: shard for name, shard in rows.items() if shard}
 
 
 def load(model: FullySharded, optimizer: MegatronOptimizer, loaded: dict[str, torch.Tensor], step: float) -> None:
-    """Put what was loaded for `sharded` into model and optimizer, after `step` optimizer steps."""
+    """Put what was loaded for `sharded` into model and optimizer, after `step` optimizer steps.
+
+    Raises RuntimeError where the optimizer would go on without what it has to remember, KeyError where a tensor was
+    not loaded.
+    """
     with torch.no_grad():
         for name, (tensor, _) in tensors(model, optimizer).items():
-            if name in loaded:
-                local = tensor.to_local()
+            local = tensor.to_local()
+            if local.numel():
                 local.copy_(loaded[name].view_as(local))
-        for _, _, state in _states(optimizer):
-            if "step" in state:
-                state["step"].fill_(step)
+    for part in optimizer.chained_optimizers:  # type: ignore[attr-defined]
+        for group in part.optimizer.param_groups:
+            states = [part.optimizer.state[parameter] for parameter in group["params"]]
+            if step and not all("exp_avg" in state for state in states):
+                raise RuntimeError(f"{type(part.optimizer).__name__} has no moments to load")
+            if step and not any("step" in state for state in states):
+                group["step"] = int(step)  # Transformer Engine's and Apex's Adam
+            for state in states:
+                if "step" in state:
+                    state["step"].fill_(step)
 
 
 def steps(optimizer: MegatronOptimizer) -> float:
-    """Steps that the optimizer has counted; 0 where it does not count."""
-    return max((float(state["step"]) for _, _, state in _states(optimizer) if "step" in state), default=0.0)
-
-
-def _states(optimizer: MegatronOptimizer) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
-    """(model parameter, the one that is optimized, its optimizer state); the two are one in FP32."""
+    """Steps that the optimizer has counted, for each parameter or for a group; 0 where it does not count."""
+    counts = [state["step"] for _, state in _states(optimizer) if "step" in state]
     for part in optimizer.chained_optimizers:  # type: ignore[attr-defined]
-        pairs = [(parameter, parameter) for group in part.optimizer.param_groups for parameter in group["params"]]
-        if hasattr(part, "fp32_from_float16_groups"):
-            mains = {
-                id(main): parameter
-                for halves, wholes in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
-                for parameter, main in zip(halves, wholes, strict=True)
-            }
-            pairs = [(mains.get(id(main), main), main) for _, main in pairs]
-        for parameter, main in pairs:
-            yield parameter, main, part.optimizer.state[main]
+        counts += [group["step"] for group in part.optimizer.param_groups if "step" in group]
+    return max(map(float, counts), default=0.0)
+
+
+def _states(optimizer: MegatronOptimizer) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(parameter, its optimizer state); an FSDP parameter is its own master copy."""
+    for part in optimizer.chained_optimizers:  # type: ignore[attr-defined]
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter, part.optimizer.state[parameter]
 
 
 def _rows(tensor: DTensor, place: Place) -> ShardedTensor | None:

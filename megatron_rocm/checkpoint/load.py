@@ -10,8 +10,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
-from megatron_rocm.checkpoint.folder import TRACKER, WHOLE, latest
+from megatron_rocm.checkpoint.folder import TRACKER, find
 from megatron_rocm.checkpoint.state import RNG, State, restore, sharded
+from megatron_rocm.checkpoint.unpickle import read_metadata
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
 from megatron_rocm.train import adam_state
@@ -20,23 +21,6 @@ from megatron_rocm.train import adam_state
 MODEL_MAY_DIFFER = {"size", "title", "padded_vocab_size", "max_position_embeddings", "init_std"}
 LAYOUT = ("tp", "pp", "vpp", "cp", "dp")
 T = TypeVar("T")
-
-
-def find(run: RunConfig) -> Path | None:
-    """The checkpoint this run goes on from; None where it starts anew. Raises UsageError for a damaged one."""
-    if run.checkpoint.save and (path := latest(run.checkpoint.save)):
-        return path
-    if not run.checkpoint.load:
-        return None
-    if (Path(run.checkpoint.load) / WHOLE).is_file():  # one checkpoint's own folder
-        return Path(run.checkpoint.load)
-    path = latest(run.checkpoint.load)
-    if not path:
-        raise UsageError(
-            f"LOAD_CKPT_PATH={run.checkpoint.load}: there is no checkpoint, as it has no {TRACKER}. "
-            "Name a folder that SAVE_CKPT_PATH has named before, or one iteration's folder in it"
-        )
-    return path
 
 
 def resume(run: RunConfig, state: State) -> Path | None:
@@ -48,6 +32,7 @@ def resume(run: RunConfig, state: State) -> Path | None:
     path = _find_together(run)
     if path is None:
         return None
+    read_metadata(path)  # refuses a pickle that calls code, before megatron-core unpickles it
     common = _read(path, lambda: dist_checkpointing.load_common_state_dict(str(path)))
     saved = common.get("run")
     if not isinstance(saved, dict):

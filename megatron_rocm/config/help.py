@@ -20,6 +20,7 @@ def help_text(family: str) -> str:
         f"  bash {script} [KEY=VALUE …] [FILE.yaml …]\n"
         f"  KEY=VALUE bash {script}\n\n"
         "An argument wins over the environment, the environment over a file. Switches take 1 and 0.\n"
+        "core.transformer.<field>=, core.optimizer.<field>= and core.ddp.<field>= set megatron-core's own fields.\n"
         f"MODEL_SIZE: {', '.join(sizes(family))}"
     ]
     rows: dict[str, list[tuple[str, str, str]]] = {}

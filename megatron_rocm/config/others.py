@@ -17,6 +17,7 @@ class Other:
     state: str
     note: str
     passes: tuple[str, ...] | None = None  # None: any value
+    pattern: str = ""  # what a value has to look like
 
 
 LATER = "not in this version"
@@ -38,11 +39,11 @@ OTHERS = (
     Other("TE_FP4_RECIPE", "nvfp4", "FP4 recipe", NO_EFFECT, "read with TE_FP4=1 only", ("nvfp4", "mxfp4")),
     Other("FP4_PARAM_GATHER", "0", "gather parameters in FP4", REFUSED, "FP4 has no counterpart upstream", ("0",)),
     Other("FP4_SELECTIVE_BF16", "0", "some layers in BF16", NO_EFFECT, "read with TE_FP4=1 only", ("0", "1")),
-    Other("FP4_BF16_START", "2", "first layers in BF16", NO_EFFECT, "read with TE_FP4=1 only"),
-    Other("FP4_BF16_END", "8", "last layers in BF16", NO_EFFECT, "read with TE_FP4=1 only"),
+    Other("FP4_BF16_START", "2", "first layers in BF16", NO_EFFECT, "read with TE_FP4=1 only", pattern=r"\d+"),
+    Other("FP4_BF16_END", "8", "last layers in BF16", NO_EFFECT, "read with TE_FP4=1 only", pattern=r"\d+"),
     Other("MEGATRON_FSDP", "0", "Megatron-FSDP", REFUSED, f"Megatron-FSDP is {LATER}: FSDP=1 is PyTorch's", ("0",)),
     Other("ENABLE_HSDP", "0", "FSDP within, replicas across groups", REFUSED, f"HSDP is {LATER}", ("0",)),
-    Other("HSDP_NUM_REPLICAS", "2", "replicas of HSDP", NO_EFFECT, "read with ENABLE_HSDP=1 only"),
+    Other("HSDP_NUM_REPLICAS", "2", "replicas of HSDP", NO_EFFECT, "read with ENABLE_HSDP=1 only", pattern=r"\d+"),
     Other("CONTI_PARAMS", "0", "contiguous parameters in local DDP", REFUSED, "upstream's gradient buffers are always contiguous; the option is gone", ("0",)),
     Other("ENABLE_PROFILING", "0", "torch profiler", REFUSED, f"profiling is {LATER}", ("0",)),
     Other("TARGET", "", "plan for another machine: mi250x mi300x mi325x mi355x a100 h100 h200 b200 cpu", OURS, "with DRY_RUN=1"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import re
 import shlex
 import types
 import typing
@@ -15,12 +17,14 @@ from typing import Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_rocm.config import core_fields
 from megatron_rocm.config.others import OTHERS
 from megatron_rocm.config.schema import Variable, variables
 from megatron_rocm.errors import UsageError
 
 # A secret on a command line is readable by every user of the machine.
 ENVIRONMENT_ONLY = ("HF_TOKEN", "WANDB_API_KEY")
+PATHS = ("LOG_DIR", "SAVE_CKPT_PATH", "LOAD_CKPT_PATH", "DATA_PATH", "DATA_CACHE_PATH", "TOKENIZER_MODEL")
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,23 @@ def read(
     for name, text, origin in pairs:
         if name in ENVIRONMENT_ONLY and origin != "environment":
             raise UsageError(f"{name}: a secret given as an argument shows in the process list; say `export {name}=…`")
-        if name in _NAMES:
+        if name in _NAMES or name.startswith(core_fields.PREFIX):
             texts[name] = (text, origin)
         elif name.startswith(library_prefixes) and library_prefixes:
             exports[name] = text
         else:
             raise UsageError(f"{name}={text}: unknown key ({origin}); {nearest(name, _NAMES)}")
-    said = {
-        name: Said(_value(name, text), text, origin) for name, (text, origin) in texts.items() if text != ""
-    }  # an empty value is an unset one, as in the guide's `${KEY:-default}`
+    said = {}
+    for name, (text, origin) in texts.items():
+        if text:  # an empty value is an unset one, as in the guide's `${KEY:-default}`
+            text = _at_home(text) if name in PATHS else text
+            said[name] = Said(_value(name, text), text, origin)
     return RunRequest(family, said, exports)
+
+
+def _at_home(text: str) -> str:
+    """Paths in `text` that begin with ~/ as a shell expands them; in quotes and in YAML none has."""
+    return re.sub(r"(^|\s)~(?=/|$)", lambda match: match[1] + os.path.expanduser("~"), text)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -115,11 +126,15 @@ def _value(name: str, text: str) -> Any:
     """`text` as the type of variable `name`."""
     if any(ord(character) < 32 for character in text):
         raise UsageError(f"{name}={text!r}: control characters can't be part of a value")
+    if name.startswith(core_fields.PREFIX):
+        return core_fields.value(name, text)
     other = _OTHERS.get(name)
     if other is not None:
         if other.passes is not None and text not in other.passes:
             wanted = f"; {name} takes {' or '.join(other.passes)}" if other.passes else ""
             raise UsageError(f"{name}={text}: {other.note or 'wrong value'}{wanted}")
+        if other.pattern and not re.fullmatch(other.pattern, text):
+            raise UsageError(f"{name}={text}: must be a whole number ({other.help})")
         return text
     variable = _VARIABLES[name]
     if name in ("DATA_PATH", "MODEL_SIZE"):  # resolved against files and families
@@ -147,7 +162,10 @@ def describe(variable: Variable) -> str:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
-    words = {int: "a whole number", float: "a number", bool: "0 or 1"}.get(kind, "text without spaces")
+    meta = variable.info.json_schema_extra
+    if isinstance(meta, dict) and meta.get("values"):
+        return str(meta["values"])
+    words = {int: "a whole number", float: "a number", bool: "0 or 1"}.get(kind, "text")
     limits = []
     for limit in variable.info.metadata:
         for of, attribute, phrase in _LIMITS:

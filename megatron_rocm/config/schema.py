@@ -26,6 +26,8 @@ NO_EFFECT = "accepted without effect"
 REFUSED = "refused"
 OURS = "ours"  # not in the guide
 
+MOST = 10**9  # of steps, seconds, samples and tokens of a sequence
+MOST_PROCESSES = 65_536
 BY_RULE: Any = PydanticUndefined  # no default: `resolve` computes it; `default_text` says how
 
 
@@ -51,10 +53,12 @@ def var(
     text: str = "",
     state: str = WORKS,
     note: str = "",
+    values: str = "",
     **limits: Any,
 ) -> Any:
-    """A field that people set as `name`. `text` describes a default that is computed; `limits` go to pydantic."""
-    meta: JsonDict = {"var": name, "text": text, "state": state, "note": note}
+    """A field that people set as `name`. `text` describes a default that is computed, `values` what passes `limits`,
+    which go to pydantic."""
+    meta: JsonDict = {"var": name, "text": text, "state": state, "note": note, "values": values}
     return Field(default, description=help, json_schema_extra=meta, **limits)
 
 
@@ -95,16 +99,25 @@ class Model(Section):
 class Parallel(Section):
     """How the model and the batch are laid out over the processes."""
 
-    nnodes: int = var("NNODES", 1, "number of nodes", ge=1)
+    nnodes: int = var("NNODES", 1, "number of nodes", ge=1, le=MOST_PROCESSES)
     gpus_per_node: int = var(
         "GPUS_PER_NODE", BY_RULE, "processes per node", text="the GPUs it has; TP·PP·CP on a CPU",
-        state=OURS, ge=1,
+        state=OURS, ge=1, le=MOST_PROCESSES,
     )  # fmt: skip
     world_size: int
-    tp: int = var("TP", BY_RULE, "tensor parallel size", text="8, at most the GPUs of a node; 1 on a CPU", ge=1)
-    pp: int = var("PP", BY_RULE, "pipeline parallel size", text="1; 8 for 405", ge=1)
-    vpp: int = var("VPP", 1, "model chunks per pipeline stage (interleaved schedule); 1 is off", state=OURS, ge=1)
-    cp: int = var("CP", 1, "context parallel size", ge=1)
+    tp: int = var(
+        "TP", BY_RULE, "tensor parallel size", text="8, at most the GPUs of a node; 1 on a CPU", ge=1, le=MOST_PROCESSES
+    )
+    pp: int = var("PP", BY_RULE, "pipeline parallel size", text="1; 8 for 405", ge=1, le=MOST_PROCESSES)
+    vpp: int = var(
+        "VPP",
+        1,
+        "model chunks per pipeline stage (interleaved schedule); 1 is off",
+        state=OURS,
+        ge=1,
+        le=MOST_PROCESSES,
+    )
+    cp: int = var("CP", 1, "context parallel size", ge=1, le=MOST_PROCESSES)
     dp: int
     sequence_parallel: bool = var("SEQ_PARALLEL", True, "split the sequence in norms and dropouts too; needs TP > 1")
     fsdp: bool = var(
@@ -160,21 +173,21 @@ class Precision(Section):
 
 
 class Training(Section):
-    micro_batch_size: int = var("MBS", 1, "sequences per process and micro batch", ge=1)
+    micro_batch_size: int = var("MBS", 1, "sequences per process and micro batch", ge=1, le=MOST)
     global_batch_size: int = var(
         "BS", BY_RULE, "sequences per step over all processes",
-        text="8, or the next multiple of MBS·DP·PP", ge=1,
+        text="8, or the next multiple of MBS·DP·PP", ge=1, le=MOST,
     )  # fmt: skip
     num_micro_batches: int
     seq_length: int = var(
-        "SEQ_LENGTH", BY_RULE, "tokens per sequence", text="2048; 4096 for Llama 2; 256 for tiny", ge=1
+        "SEQ_LENGTH", BY_RULE, "tokens per sequence", text="2048; 4096 for Llama 2; 256 for tiny", ge=1, le=MOST
     )
-    train_iters: int = var("TOTAL_ITERS", 12, "steps to train, counted from the very first", ge=1)
+    train_iters: int = var("TOTAL_ITERS", 12, "steps to train, counted from the very first", ge=1, le=MOST)
     seed: int = var("SEED", 1234, "seed of weights, data order and dropout", state=OURS, ge=0, lt=2**31)
     recompute: bool = var("RECOMPUTE", False, "recompute activations of whole layers in the backward pass")
     recompute_num_layers: int | None = var(
         "RECOMPUTE_NUM_LAYERS", BY_RULE, "layers per pipeline stage and chunk to recompute, with RECOMPUTE=1",
-        text="all of them", state=REPAIRED, note="honoured: the guide's training scripts never read it", ge=1,
+        text="all of them", state=REPAIRED, note="honoured: the guide's training scripts never read it", ge=1, le=MOST,
     )  # fmt: skip
 
 
@@ -182,9 +195,11 @@ class Optimizer(Section):
     name: Literal["adam", "sgd"] = var("OPTIMIZER", "adam", "adam (AdamW) or sgd (momentum 0.9)")
     lr: float = var("LR", BY_RULE, "peak learning rate", text="1e-4; 3e-3 for tiny", state=OURS, gt=0, lt=10)
     min_lr: float = var("MIN_LR", BY_RULE, "learning rate where the decay ends", text="LR / 10", state=OURS, ge=0)
-    lr_warmup_iters: int = var("LR_WARMUP_ITERS", BY_RULE, "steps of linear warmup", text="0", state=OURS, ge=0)
+    lr_warmup_iters: int = var(
+        "LR_WARMUP_ITERS", BY_RULE, "steps of linear warmup", text="0", state=OURS, ge=0, le=MOST
+    )
     lr_decay_iters: int = var(
-        "LR_DECAY_ITERS", BY_RULE, "step where the cosine decay ends", text="TOTAL_ITERS", state=OURS, ge=1
+        "LR_DECAY_ITERS", BY_RULE, "step where the cosine decay ends", text="TOTAL_ITERS", state=OURS, ge=1, le=MOST
     )
     weight_decay: float = var("WEIGHT_DECAY", 0.1, "decoupled weight decay", state=OURS, ge=0, le=1)
     adam_beta1: float = var("ADAM_BETA1", 0.9, "Adam's first moment decay", state=OURS, ge=0, lt=1)
@@ -224,30 +239,48 @@ class Checkpoint(Section):
         "LOAD_CKPT_PATH", None, "checkpoint folder to start from where SAVE_CKPT_PATH holds none", text="none",
         state=REPAIRED, note="loads the whole state; the guide's scripts drop optimizer and RNG",
     )  # fmt: skip
-    save_interval: int = var("SAVE_INTERVAL", 5000, "steps between checkpoints", ge=1)
+    save_interval: int = var("SAVE_INTERVAL", 5000, "steps between checkpoints", ge=1, le=MOST)
     save_timeout: int = var(
-        "SAVE_TIMEOUT", 1800, "seconds after which a save that hangs ends the run", state=OURS, ge=1
+        "SAVE_TIMEOUT", 1800, "seconds after which a save that hangs ends the run", state=OURS, ge=1, le=MOST
     )
 
 
 class Logging(Section):
-    log_interval: int = var("LOG_INTERVAL", 1, "steps between log lines", ge=1)
-    eval_interval: int = var("EVAL_INTERVAL", 5000, "steps between evaluations", ge=1)
-    eval_iters: int = var("EVAL_ITERS", -1, "global batches per evaluation; 0 or -1 is none", ge=-1)
+    log_interval: int = var("LOG_INTERVAL", 1, "steps between log lines", ge=1, le=MOST)
+    eval_interval: int = var("EVAL_INTERVAL", 5000, "steps between evaluations", ge=1, le=MOST)
+    eval_iters: int = var("EVAL_ITERS", -1, "global batches per evaluation; 0 or -1 is none", ge=-1, le=MOST)
     tensorboard: bool = var("TENSORBOARD", True, "write TensorBoard events into the run folder", state=OURS)
     wandb: bool = Field(description="log to Weights & Biases: WANDB_API_KEY is set")
     wandb_project: str = var("WANDB_PROJECT", "megatron-rocm", "Weights & Biases project", state=OURS)
 
 
+class Core(Section):
+    """Fields of megatron-core's own classes, as core.<class>.<field>=."""
+
+    transformer: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
+    ddp: dict[str, Any] = {}
+
+
 class Launch(Section):
     """How this node's part of the run is started."""
 
-    node_rank: int = var("NODE_RANK", 0, "this node's number, 0 is the master", ge=0)
-    master_addr: str = var("MASTER_ADDR", "localhost", "host name or address of node 0", pattern=r"^[\w.:%\[\]-]+$")
+    node_rank: int = var("NODE_RANK", 0, "this node's number, 0 is the master", ge=0, le=MOST_PROCESSES)
+    master_addr: str = var(
+        "MASTER_ADDR",
+        "localhost",
+        "host name or address of node 0",
+        pattern=r"^[\w.:%\[\]-]+$",
+        values="a host name or an address",
+    )
     master_port: int = var("MASTER_PORT", BY_RULE, "TCP port on node 0", text="6000; 6020 for Llama 2", ge=1, le=65535)
-    rdzv_timeout: int = var("RDZV_TIMEOUT", 600, "seconds to wait for the other nodes", state=OURS, ge=5)
+    rdzv_timeout: int = var("RDZV_TIMEOUT", 600, "seconds to wait for the other nodes", state=OURS, ge=5, le=MOST)
     exp_name: str = var(
-        "EXP_NAME", "perf", "name of the run: output_<EXP_NAME>.log in the run folder", pattern=r"^[\w.+-]+$"
+        "EXP_NAME",
+        "perf",
+        "name of the run: output_<EXP_NAME>.log in the run folder",
+        pattern=r"^[\w.+-]+$",
+        values="letters, digits and . _ + -",
     )
     log_dir: str = var("LOG_DIR", BY_RULE, "run folder", text="experiment/<what>/<precision>/<time>")
     tee_output: bool = var("TEE_OUTPUT", True, "show the log as well as writing it to the run folder")
@@ -280,6 +313,7 @@ class RunConfig(Section):
     checkpoint: Checkpoint
     logging: Logging
     hardware: Hardware
+    core: Core = Core()
     launch: Launch
 
     @property

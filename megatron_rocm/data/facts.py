@@ -80,6 +80,8 @@ def parse_split(text: str) -> tuple[float, float, float]:
         raise UsageError(f"SPLIT={text}: must be {rule}") from None
     if len(shares) > 3 or not all(math.isfinite(share) and share >= 0 for share in shares) or shares[0] <= 0:
         raise UsageError(f"SPLIT={text}: must be {rule}, the first one above 0")
+    if not math.isfinite(sum(shares)):
+        raise UsageError(f"SPLIT={text}: the sum is too large a number; must be {rule}")
     shares += [0.0] * (3 - len(shares))
     train, valid, test = (share / sum(shares) for share in shares)
     return train, valid, test

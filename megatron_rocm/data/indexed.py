@@ -23,7 +23,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 SIDECAR_FORMAT = 1
-TOKENIZER_KEYS = {"type", "model", "vocab_size", "eod", "fingerprint"}
+TOKENIZER_KEYS = {"type": str, "model": str, "vocab_size": int, "eod": int, "fingerprint": str}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
             return None
         sidecar = json.loads(path.read_bytes())
         known = sidecar["format"] == SIDECAR_FORMAT and isinstance(sidecar["source"], dict)
-        return sidecar if known and sidecar["tokenizer"].keys() >= TOKENIZER_KEYS else None
+        tokenizer = sidecar["tokenizer"]
+        typed = all(isinstance(tokenizer[key], kind) for key, kind in TOKENIZER_KEYS.items())
+        return sidecar if known and typed else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

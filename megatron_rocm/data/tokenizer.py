@@ -93,17 +93,19 @@ def load(model: str | TokenizerInfo, type: str = "HuggingFaceTokenizer", offline
     return _SentencePieceEncoder(info, files.main) if files.sentencepiece else _FastEncoder(info, files.main)
 
 
-def _describe(files: TokenizerFiles, model: str, type: str) -> TokenizerInfo:
+def _describe(files: TokenizerFiles, model: str, kind: str) -> TokenizerInfo:
     if files.sentencepiece:
         raw = files.main.read_bytes()
         spm = read_model(raw, model)
-        return TokenizerInfo(type, model, spm.vocab_size, spm.eos, spm.bos, hashlib.sha256(raw).hexdigest())
+        return TokenizerInfo(kind, model, spm.vocab_size, spm.eos, spm.bos, hashlib.sha256(raw).hexdigest())
     tokenizer = _read_json(files.main, model)
     try:
         vocab = tokenizer["model"]["vocab"]
         # Unigram has a list of [piece, score], all others {token: id}.
         ids = dict(vocab) if isinstance(vocab, dict) else {piece[0]: id for id, piece in enumerate(vocab)}
         ids.update({token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()})
+        if any(type(id) is not int or id < 0 for id in ids.values()):
+            raise ValueError("ids are whole numbers from 0 up")
         size = max(ids.values()) + 1
         fingerprint = _fingerprint(tokenizer)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
@@ -118,7 +120,7 @@ def _describe(files: TokenizerFiles, model: str, type: str) -> TokenizerInfo:
             f"TOKENIZER_MODEL={model}: {said}, and documents must end with one. "
             f"Set eos_token in {files.main.with_name('tokenizer_config.json')}"
         )
-    return TokenizerInfo(type, model, size, ids[eos], ids.get(bos), fingerprint)
+    return TokenizerInfo(kind, model, size, ids[eos], ids.get(bos), fingerprint)
 
 
 def _fingerprint(tokenizer: dict[str, Any]) -> str:
@@ -137,8 +139,10 @@ def _special(files: TokenizerFiles, model: str, name: str) -> str | None:
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         path = files.companion(file)
         value = _read_json(path, model).get(name) if path else None
-        if value:
-            return value["content"] if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = value.get("content")
+        if value and isinstance(value, str):
+            return value
     return None
 
 

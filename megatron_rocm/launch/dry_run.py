@@ -12,6 +12,7 @@ from megatron_rocm.launch.command import command
 from megatron_rocm.resolve import Resolution
 
 UNNAMED_MASTER = "NODE0"
+MOST_LINES = 64  # of more nodes the first two and the last are shown: the lines differ in NODE_RANK alone
 
 
 def text(resolution: Resolution) -> str:
@@ -81,4 +82,8 @@ def _per_node(resolution: Resolution) -> str:
     if "MASTER_ADDR" not in request.said:
         master = {"MASTER_ADDR": UNNAMED_MASTER}
         head += f" ({UNNAMED_MASTER}: the name or address of node 0)"
-    return "\n".join([head, *(f"  {request.command(**master, NODE_RANK=rank)}" for rank in range(nodes))])
+    shown = [0, 1, nodes - 1] if nodes > MOST_LINES else list(range(nodes))
+    lines = [f"  {request.command(**master, NODE_RANK=rank)}" for rank in shown]
+    if len(shown) < nodes:
+        lines.insert(2, f"  … NODE_RANK=2 to {nodes - 2}, each in a line like these …")
+    return "\n".join([head, *lines])

@@ -23,11 +23,20 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # file
 class Lock:
     """The lock of `folder`, which exists. Held until `release` or the death of every process that has `fd`."""
 
-    def __init__(self, folder: Path, variable: str) -> None:
+    def __init__(self, folder: Path, variable: str, name: str = NAME) -> None:
         """Take it. Raises UsageError naming folder, host and process where another run has it."""
-        self.path = folder / NAME
+        self.path = folder / name
         self.note = ""  # set where the file system knows no locks
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._take(folder, variable)
+        except OSError as error:
+            raise UsageError(
+                f"{variable}={folder}: {self.path} can't be written: {error.strerror}; "
+                f"remove it if no run uses the folder, or choose another {variable}"
+            ) from None
+
+    def _take(self, folder: Path, variable: str) -> None:
         end = time.monotonic() + PATIENCE
         while not self._try():
             if time.monotonic() > end:

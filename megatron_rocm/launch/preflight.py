@@ -6,10 +6,13 @@ import errno
 import importlib.util
 import os
 import socket
+import time
 from pathlib import Path
 
+from megatron_rocm.checkpoint.folder import find
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
+from megatron_rocm.launch.lock import PATIENCE
 
 # What workers import, and where a person gets it.
 NEEDED = (
@@ -32,12 +35,13 @@ def folders(run: RunConfig) -> None:
 
 
 def check(run: RunConfig) -> None:
-    """The port is free and the libraries are there. Raises UsageError for the first that is not so."""
-    if run.launch.node_rank == 0:
-        check_port(run.launch.master_port)
+    """The libraries and the checkpoint are there, the port is free. Raises UsageError for the first that is not so."""
     for module, way_out in NEEDED:
         if not _importable(module):
             raise UsageError(f"the Python package {module} is missing: {way_out}")
+    find(run)
+    if run.launch.node_rank == 0:
+        check_port(run.launch.master_port)
 
 
 def writable(variable: str, folder: Path) -> None:
@@ -54,10 +58,18 @@ def writable(variable: str, folder: Path) -> None:
         ) from None
 
 
-def check_port(port: int) -> None:
-    """Raises UsageError where `port` can't be bound, with one that can."""
+def check_port(port: int, patience: float = PATIENCE) -> None:
+    """Raises UsageError where `port` can't be bound within `patience` seconds, with one that can."""
+    end = time.monotonic() + patience
     try:
-        _bind(port)
+        while True:
+            try:
+                _bind(port)
+                return
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > end:
+                    raise
+            time.sleep(0.1)
     except OSError as error:
         other = free_port()
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,10 +17,11 @@ from typing import Any, BinaryIO
 
 import megatron_rocm
 from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.errors import UsageError
 from megatron_rocm.launch import preflight, torchrun
 from megatron_rocm.launch.command import command, config_file, log_file
 from megatron_rocm.launch.dry_run import short
-from megatron_rocm.launch.lock import Lock
+from megatron_rocm.launch.lock import NAME, Lock
 from megatron_rocm.platform.process import PARENT
 from megatron_rocm.resolve import Resolution
 
@@ -33,11 +35,17 @@ def launch(resolution: Resolution) -> int:
     Raises UsageError before any process is started.
     """
     run = resolution.config
+    preflight.check(run)
     preflight.folders(run)
     locks = _locks(run)
-    preflight.check(run)
-    run.save(config_file(run))
-    log = Log(log_file(run), show=run.launch.tee_output)
+    try:
+        run.save(config_file(run))
+        log = Log(log_file(run), show=run.launch.tee_output)
+    except OSError as error:
+        raise UsageError(
+            f"LOG_DIR={run.launch.log_dir}: {error.filename2 or error.filename or 'a file there'} can't be written: "
+            f"{error.strerror}; remove it, or choose another LOG_DIR or EXP_NAME"
+        ) from None
     log.say(short(resolution), *(lock.note for lock in locks if lock.note))
     log.say(f"log: {log.path}", *([] if run.launch.tee_output else ["TEE_OUTPUT=0: it goes there only"]), always=True)
     started = time.time()
@@ -50,8 +58,9 @@ def launch(resolution: Resolution) -> int:
 
 
 def _locks(run: RunConfig) -> list[Lock]:
-    if run.launch.node_rank != 0:
-        return []
+    rank = run.launch.node_rank
+    if rank != 0:  # SAVE_CKPT_PATH is node 0's to hold, as it is shared; so may LOG_DIR be
+        return [Lock(Path(run.launch.log_dir), "LOG_DIR", f"{NAME}_node{rank}")]
     named = {Path(run.launch.log_dir).resolve(): "LOG_DIR"}
     if run.checkpoint.save:
         named.setdefault(Path(run.checkpoint.save).resolve(), "SAVE_CKPT_PATH")
@@ -61,6 +70,8 @@ def _locks(run: RunConfig) -> list[Lock]:
 def _environment(resolution: Resolution, log: Path) -> dict[str, str]:
     run = resolution.config
     values = {**os.environ, **{name: value for name, (value, _) in resolution.environment.items()}}
+    for name in [name for name, (value, _) in resolution.environment.items() if not value]:
+        del values[name]  # an empty setting is an unset one
     # A folder `megatron` where the user happens to stand must not be taken for the package (Python 3.11 and later).
     values.setdefault("PYTHONSAFEPATH", "1")
     home = Path(megatron_rocm.__file__).resolve().parents[1]
@@ -102,7 +113,8 @@ class Log:
 
     def _write(self, lines: bytes, show: bool) -> None:
         with self._lock:
-            self._file.write(lines)
+            with contextlib.suppress(OSError):  # a full disk: training that nobody logs beats a pipe that nobody reads
+                self._file.write(lines)
             if not show:
                 return
             try:

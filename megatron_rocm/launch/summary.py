@@ -21,8 +21,9 @@ def report(request: RunRequest) -> str:
         lines = log.read_text(errors="replace").splitlines()
     except OSError as error:
         raise UsageError(f"LOG_DIR={folder}: no run to summarize: {error.filename}: {error.strerror}") from None
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"LOG_DIR={folder}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "it holds no run's configuration"
+        raise UsageError(f"LOG_DIR={folder}: run.json can't be used: {reason}; name the folder of a run") from None
     rows = summary(lines, run.training.seq_length, run.parallel.world_size)
     if not rows:
         raise UsageError(f"LOG_DIR={folder}: {log.name} holds no line of a training step")

@@ -24,6 +24,8 @@ from megatron_rocm.platform.process import PARENT, die_with_parent, write_whole_
 
 # A signal to a process group, or from Slurm to every process, arrives twice: directly and from the launcher.
 SAME_SIGNAL = 1.0
+# torch's agent waits 30 s before it kills; a crash that is one failure's cause comes at the same time.
+AGENTS_GRACE = 10.0
 # From the launcher: GPUs that torch has to see, and the file it tees the output to.
 GPUS = "MEGATRON_ROCM_GPUS"
 LOG = "MEGATRON_ROCM_LOG"
@@ -121,7 +123,11 @@ class Agent:
 
     def _failed(self, failures: Mapping[int, Any]) -> int:
         """Say which worker failed first and return the status to exit with."""
-        rank, first = min(failures.items(), key=lambda item: (_order(item[1].exitcode), item[1].timestamp, item[0]))
+        earliest = min(failure.timestamp for failure in failures.values())
+        rank, first = min(
+            failures.items(),
+            key=lambda item: (_order(item[1].exitcode, item[1].timestamp - earliest), item[1].timestamp, item[0]),
+        )
         if self.stop.count and -first.exitcode in (signal.SIGTERM, signal.SIGINT):
             _say("stopped before training began")
             return 128 + self.stop.signal
@@ -136,12 +142,17 @@ class Agent:
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
 
 
-def _order(exitcode: int) -> int:
-    """Causes before consequences: a usage error, a crash, an error that a lost peer may have caused, our SIGTERM."""
+def _order(exitcode: int, after: float) -> int:
+    """Causes before consequences: a usage error, a crash, an error that a lost peer may have caused, our own signals.
+
+    `after` is how many seconds after the first failure this one came. Once a worker has failed, the agent sends the
+    others SIGTERM and, to those that don't end within its grace, SIGKILL.
+    """
     if exitcode == 2:
         return 0
     if exitcode < 0:
-        return 3 if exitcode == -signal.SIGTERM else 1
+        ours = exitcode == -signal.SIGTERM or (exitcode == -signal.SIGKILL and after > AGENTS_GRACE)
+        return 3 if ours else 1
     return 2
 
 

@@ -6,6 +6,8 @@ megatron-core's own classes anywhere.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,11 +20,19 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 
 from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.errors import UsageError
+from megatron_rocm.model import fsdp
 from megatron_rocm.model.init import fill
 from megatron_rocm.model.llama import Llama
 from megatron_rocm.model.spec import block_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Transformer Engine's switches, and the backends with which megatron-core (language_module.py:92) sets them to 1.
+ATTENTION_VARIABLES = {
+    "NVTE_FLASH_ATTN": (AttnBackend.flash, AttnBackend.auto),
+    "NVTE_FUSED_ATTN": (AttnBackend.fused, AttnBackend.auto),
+    "NVTE_UNFUSED_ATTN": (AttnBackend.unfused, AttnBackend.auto),
+}
 
 
 def transformer_config(run: RunConfig) -> TransformerConfig:
@@ -79,13 +89,30 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         cross_entropy_loss_fusion=gpu and precision.dtype == "bf16" and precision.cross_entropy_loss_fusion,
         cross_entropy_fusion_impl=precision.cross_entropy_fusion_impl if te else "native",
         **_recompute(run),
+        **run.core.transformer,
     )
 
 
 def _attention_backend(run: RunConfig) -> AttnBackend:
     if run.hardware.tier != "te":
         return AttnBackend.auto  # read by Transformer Engine only
+    if run.precision.dtype == "fp32":
+        return AttnBackend.unfused  # the others' kernels are for 16 bits
     return AttnBackend.flash if run.precision.flash_attention else AttnBackend.fused
+
+
+def require_attention(backend: AttnBackend, environment: Mapping[str, str]) -> None:
+    """Raise UsageError where an exported variable asks Transformer Engine for another attention than `backend`.
+
+    megatron-core sets these variables itself, and stops where it finds them otherwise.
+    """
+    for name, kinds in ATTENTION_VARIABLES.items():
+        expected = "1" if backend in kinds else "0"
+        if environment.get(name, expected) != expected:
+            raise UsageError(
+                f"{name}={environment[name]}, but this run's attention is {backend.name}, which needs {expected}: "
+                f"unset {name}, and choose by USE_FLASH_ATTN=1 or 0 (PRECISION=fp32 knows unfused alone)"
+            )
 
 
 def _recompute(run: RunConfig) -> dict[str, Any]:
@@ -104,13 +131,15 @@ def ddp_config(run: RunConfig) -> DistributedDataParallelConfig:
         use_distributed_optimizer=run.parallel.distributed_optimizer,
         # The loop looks at the loss and the gradient norm itself, on all ranks at once.
         check_for_nan_in_grad=False,
+        **run.core.ddp,
     )
 
 
 def optimizer_config(run: RunConfig) -> OptimizerConfig:
     """AdamW, or SGD with momentum 0.9. The learning rate's course is the scheduler's."""
     optimizer = run.optimizer
-    dtype = DTYPES[run.precision.dtype]
+    # FSDP's parameters are in FP32 whatever is computed in.
+    dtype = torch.float32 if run.parallel.fsdp else DTYPES[run.precision.dtype]
     return OptimizerConfig(
         optimizer=optimizer.name,
         lr=optimizer.lr,
@@ -125,6 +154,7 @@ def optimizer_config(run: RunConfig) -> OptimizerConfig:
         params_dtype=dtype,
         use_distributed_optimizer=run.parallel.distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
+        **run.core.optimizer,
     )
 
 
@@ -134,11 +164,15 @@ def build_model(run: RunConfig) -> list[torch.nn.Module]:
     Needs megatron-core's process groups.
     """
     config = transformer_config(run)
+    require_attention(config.attention_backend, os.environ)
     chunks = build_chunks(run, config)
     if run.parallel.fsdp:
-        from megatron_rocm.model.fsdp import shard
-
-        return [shard(config, chunk) for chunk in chunks]
+        reduce = torch.bfloat16 if run.precision.grad_reduce_in_bf16 else torch.float32
+        chunks = [fsdp.shard(config, chunk, DTYPES[run.precision.dtype], reduce) for chunk in chunks]
+    for chunk in chunks:
+        fill(core(chunk), run)
+    if run.parallel.fsdp:
+        return chunks
     ddp = ddp_config(run)
     # Only the first chunk's gradients are reduced in buckets: those of the others overlap with its backward pass.
     return [
@@ -147,13 +181,17 @@ def build_model(run: RunConfig) -> list[torch.nn.Module]:
 
 
 def build_chunks(run: RunConfig, config: TransformerConfig) -> list[torch.nn.Module]:
-    """The model chunks before any data parallel wrapping: Llama, within Float16Module in BF16."""
+    """The model chunks before any data parallel wrapping: Llama, within Float16Module in BF16.
+
+    Their weights are not the run's initial ones yet. With FSDP=1 the layers have no values at all.
+    """
     chunks: list[torch.nn.Module] = []
     for number in range(run.parallel.vpp):
         stage = number if run.parallel.vpp > 1 else None
+        spec = block_spec(config, stage, run.hardware.tier)
         chunk = Llama(
             config,
-            block_spec(config, stage, run.hardware.tier),
+            fsdp.without_values(spec) if run.parallel.fsdp else spec,
             vocab_size=run.model.padded_vocab_size,
             max_sequence_length=run.training.seq_length,
             pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -166,8 +204,7 @@ def build_chunks(run: RunConfig, config: TransformerConfig) -> list[torch.nn.Mod
             vp_stage=stage,
             tokens=run.model.vocab_size,
         )
-        fill(chunk, run)
-        if run.hardware.vendor != "cpu":
+        if run.hardware.vendor != "cpu" and not run.parallel.fsdp:
             chunk.cuda()
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks

@@ -1,14 +1,27 @@
-"""PyTorch FSDP-v2 through megatron-core's wrapper."""
+"""PyTorch FSDP-v2 through megatron-core's wrapper.
+
+Parameters are kept in FP32 and gathered in the type that is computed in, so that they are their own master copy and
+gradients of micro batches add up in FP32. No process ever holds the whole model: layers give up their values as soon
+as they are built (`OnMeta`), and initial values are drawn after the model is cut, one matrix at a time.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import TorchFullyShardedDataParallel, TorchFullyShardedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.distributed import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 
 @dataclass(frozen=True)
@@ -20,17 +33,56 @@ class Place:
     layers: int | None
 
 
-class FullySharded(TorchFullyShardedDataParallel):
-    """megatron-core 0.16.1's wrapper as its own finalize_model_grads expects it.
+class OnMeta(TransformerLayer):
+    """A layer whose parameters have shapes and types, but no values."""
 
-    `places` has a Place for each parameter's name.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        to_meta(self)
+
+
+def without_values(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """The same block of layers, built without values."""
+    return replace(spec, layer_specs=[replace(layer, module=OnMeta) for layer in spec.layer_specs or []])
+
+
+def to_meta(module: torch.nn.Module) -> None:
+    """Take the values from all parameters."""
+    _replace(module, "meta")
+
+
+class FullySharded(TorchFullyShardedDataParallel):
+    """`model`, a GPTModel in its wrappers whose parameters are on meta, cut over the data parallel ranks.
+
+    megatron-core 0.16.1's wrapper as its own finalize_model_grads expects it, with a precision of its own: computed in
+    `compute`, gradients reduced in `reduce`, parameters and gradients kept in FP32. They have no values yet. `places`
+    has a Place for each parameter's name.
     """
 
-    def __init__(self, config: TransformerConfig, model: torch.nn.Module) -> None:
+    def __init__(
+        self, config: TransformerConfig, model: torch.nn.Module, compute: torch.dtype, reduce: torch.dtype
+    ) -> None:
+        # Not its own constructor, which cuts the model itself and hands torch no precision.
+        super(TorchFullyShardedDataParallel, self).__init__(config=config, module=model)
+        self.ddp_config = TorchFullyShardedDataParallelConfig()
+        self.process_group = mpu.get_data_parallel_group(with_context_parallel=True)
+        self.device_mesh = DeviceMesh.from_group(self.process_group, "cuda")
         # Found before parameters are cut: afterwards megatron-core cuts the SwiGLU's gate and up at the wrong rows.
-        places = _places(model)
-        super().__init__(config, TorchFullyShardedDataParallelConfig(), model)
-        self.places = places
+        self.places = _places(model)
+        # Inputs are cast where they need it: RoPE's angles must stay in FP32.
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
+        device = torch.cuda.current_device()
+        with _keeping_attributes(model):
+            before: list[Any] = []
+            for part in _parts(model):
+                _replace(part, device, torch.float32)
+                fully_shard(part, mesh=self.device_mesh, mp_policy=policy)
+                if config.recompute_granularity is not None:
+                    # Recomputing a layer would otherwise be taken for the order of the backward pass.
+                    part.set_modules_to_backward_prefetch(before)  # type: ignore[operator]
+                before = [part]
+            _replace(_core(model).decoder.final_layernorm, device, torch.float32)
+            fully_shard(model, mesh=self.device_mesh, mp_policy=policy)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Nothing is left to do; finalize_model_grads passes an argument that the base class does not take."""
@@ -42,9 +94,37 @@ class FullySharded(TorchFullyShardedDataParallel):
                 parameter.grad.mul_(scaling_factor * self.process_group.size())
 
 
-def shard(config: TransformerConfig, model: torch.nn.Module) -> FullySharded:
-    """Cut `model` over the data parallel ranks."""
-    return FullySharded(config, model)
+def shard(config: TransformerConfig, model: torch.nn.Module, compute: torch.dtype, reduce: torch.dtype) -> FullySharded:
+    """Cut `model` over the data parallel ranks, without values."""
+    to_meta(model)
+    return FullySharded(config, model, compute, reduce)
+
+
+def _core(model: torch.nn.Module) -> GPTModel:
+    return next(module for module in model.modules() if isinstance(module, GPTModel))
+
+
+def _parts(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What is gathered at a time, in the order of the forward pass; the final norm goes with the whole."""
+    inner = _core(model)
+    return [inner.embedding, *inner.decoder.layers, inner.output_layer]
+
+
+def _replace(module: torch.nn.Module, device: Any, dtype: torch.dtype | None = None) -> None:
+    """Put empty parameters on `device` in the place of all of the module's."""
+    with _keeping_attributes(module):
+        for owner in module.modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                setattr(owner, name, torch.nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype)))
+
+
+@contextmanager
+def _keeping_attributes(module: torch.nn.Module) -> Iterator[None]:
+    """Within this parameters may be replaced: the new ones get the old ones' attributes, which megatron-core reads."""
+    kept = {name: dict(vars(parameter)) for name, parameter in module.named_parameters()}
+    yield
+    for name, parameter in module.named_parameters():
+        vars(parameter).update(kept[name])
 
 
 def _places(model: Any) -> dict[str, Place]:

@@ -1,8 +1,8 @@
 """Initial weights that don't depend on the layout.
 
 Each parameter is drawn whole, from a generator seeded by the run's seed and the parameter's global name, and cut to
-this rank's shard: TP=2, PP=2 or VPP start from the very weights of one process. (megatron-core's own initialization
-depends on the layout when it draws on the GPU.)
+this rank's shard: TP=2, PP=2, VPP or FSDP start from the very weights of one process. (megatron-core's own
+initialization depends on the layout when it draws on the GPU.)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
+from torch.distributed.tensor import DTensor
 
 from megatron_rocm.config.schema import RunConfig
 
@@ -40,7 +41,19 @@ def fill(model: GPTModel, run: RunConfig) -> None:
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
-                parameter.copy_(_shard(_whole(global_name(model, name), parameter, run), name))
+                _put(parameter, _shard(_whole(global_name(model, name), parameter, run), name), run)
+
+
+def _put(parameter: torch.Tensor, values: torch.Tensor, run: RunConfig) -> None:
+    """Copy; FSDP's parameters get this rank's rows, rounded to the type that other layouts begin with."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(values)
+        return
+    mesh = parameter.device_mesh
+    rows = values.chunk(mesh.size())  # as FSDP cuts: the last ranks may have none
+    if mesh.get_local_rank() < len(rows):
+        rounded = rows[mesh.get_local_rank()].to(torch.bfloat16 if run.precision.dtype == "bf16" else torch.float32)
+        parameter.to_local().copy_(rounded)
 
 
 def global_name(model: GPTModel, name: str) -> str:

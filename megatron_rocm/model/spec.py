@@ -51,8 +51,8 @@ def block_spec(
         asked = getattr(config, field)
         if asked != only:
             raise UsageError(
-                f"core.transformer.{field}={asked}: the torch-only layers know {only} alone; "
-                "leave it out, or use Transformer Engine's layers on a GPU"
+                f"megatron-core's TransformerConfig has {field}={asked}: the torch-only layers know {only} alone; "
+                "use Transformer Engine's layers, on a GPU, for it"
             )
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rocm.config.schema import Model, Precision, RunConfig
+from megatron_rocm.config.schema import Model, RunConfig
 
 GIB = 2**30
 
@@ -41,7 +41,7 @@ def layers_per_chunk(num_layers: int, pp: int, vpp: int, count_embedding_and_los
 
 
 def parameters_per_process(run: RunConfig) -> int:
-    """Parameters held by a process of the fullest pipeline stage."""
+    """Parameters held by a process of the fullest pipeline stage; on a CPU, where memory is shared, by the mean one."""
     model, parallel = run.model, run.parallel
     chunks = layers_per_chunk(model.num_layers, parallel.pp, parallel.vpp, parallel.count_embedding_and_loss)
     assert chunks is not None, "resolve checks the division before it asks for memory"
@@ -54,7 +54,7 @@ def parameters_per_process(run: RunConfig) -> int:
         if model.tied_embeddings and first and last:
             tables = 1
         held.append(sum(layers) * (divided // parallel.tp + whole) + tables * table + last * model.hidden_size)
-    return max(held)
+    return max(held) if run.hardware.vendor != "cpu" else -(-sum(held) // len(held))
 
 
 @dataclass(frozen=True)
@@ -75,21 +75,18 @@ def lower_bound(run: RunConfig) -> Bound:
     """Weights, gradients and optimizer state of the fullest process, in bytes.
 
     BF16 keeps an FP32 master copy beside Adam's two moments (12 bytes a parameter) or SGD's momentum (8), FP32
-    has no copy; gradients are kept in the type they are reduced in. The distributed optimizer and FSDP divide the
-    optimizer's state by DP·CP, FSDP weights and gradients too.
+    has no copy; gradients are kept in the type they are reduced in. The distributed optimizer divides its state by
+    DP·CP. FSDP keeps all in FP32, without a copy, and divides all of it.
     """
-    held, shards = parameters_per_process(run), run.parallel.dp * run.parallel.cp
-    weight, gradient = (
-        (4, 4) if run.precision.dtype == "fp32" else (2, _gradient_bytes(run.precision, run.parallel.fsdp))
-    )
+    held = parameters_per_process(run)
+    share = held / (run.parallel.dp * run.parallel.cp)
     moments = 8 if run.optimizer.name == "adam" else 4
-    state = moments + (0 if run.precision.dtype == "fp32" else 4)
-    sharded = held / shards
     if run.parallel.fsdp:
-        return Bound(held, int(weight * sharded), int(gradient * sharded), int(state * sharded))
-    optimizer = state * (sharded if run.parallel.distributed_optimizer else held)
-    return Bound(held, weight * held, gradient * held, int(optimizer))
-
-
-def _gradient_bytes(precision: Precision, fsdp: bool) -> int:
-    return 2 if precision.grad_reduce_in_bf16 or fsdp else 4
+        return Bound(held, int(4 * share), int(4 * share), int(moments * share))
+    full = run.precision.dtype == "fp32"
+    weight = 4 if full else 2
+    gradient = 2 if run.precision.grad_reduce_in_bf16 else 4
+    state = moments if full else moments + 4
+    return Bound(
+        held, weight * held, gradient * held, int(state * (share if run.parallel.distributed_optimizer else held))
+    )

@@ -46,7 +46,7 @@ class Machine:
     tier: Tier
     partition: str = ""  # AMD's compute and memory partition modes, where the driver tells
     is_here: bool = True  # False: a TARGET that this process does not run on
-    hidden_gpus: bool = False  # GPUs that TARGET=cpu leaves alone
+    hides_gpus: bool = False  # TARGET=cpu: GPUs that may be here are left alone
 
     @property
     def gpu_memory(self) -> int:
@@ -88,7 +88,7 @@ def find(target: str = "", environment: Mapping[str, str] = os.environ, root: Pa
         return detect(environment, root)
     if target == "cpu":
         here = detect(environment, root)
-        return replace(here, name="CPU", vendor="cpu", arch="cpu", gpus=(), tier="torch", hidden_gpus=bool(here.gpus))
+        return replace(here, name="CPU", vendor="cpu", arch="cpu", gpus=(), tier="torch", hides_gpus=True)
     if target not in TARGETS:
         raise UsageError(f"TARGET={target}: no such machine; choose one of {', '.join([*TARGETS, 'cpu'])}")
     kind = TARGETS[target]
@@ -105,8 +105,8 @@ def detect(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) 
     if amd:
         gpus, arch = amd
         gpus = _masked(gpus, environment.get("ROCR_VISIBLE_DEVICES"))
-        # HIP renumbers what ROCr leaves, and takes CUDA's name for the same mask.
-        gpus = _masked(gpus, environment.get("HIP_VISIBLE_DEVICES", environment.get("CUDA_VISIBLE_DEVICES")))
+        # HIP renumbers what ROCr leaves, takes CUDA's name for the same mask, and takes an empty one for none.
+        gpus = _masked(gpus, environment.get("HIP_VISIBLE_DEVICES") or environment.get("CUDA_VISIBLE_DEVICES") or None)
         if gpus:
             tier = _tier(arch)
             return Machine(gpus[0].name, "amd", arch, gpus, memory, cores, tier, partition=_partition(root))
@@ -138,7 +138,7 @@ def _amd_gpus(root: Path) -> tuple[tuple[Gpu, ...], str] | None:
         # Heap types 1 and 2 are the GPU's own memory (HSA_HEAPTYPE_FRAME_BUFFER_PUBLIC and _PRIVATE).
         memory = sum(bank.get("size_in_bytes", 0) for bank in banks if bank.get("heap_type") in (1, 2))
         name = _text(node / "name") or arch
-        found.append(Gpu(memory, f"AMD {name}", f"GPU-{properties.get('unique_id', 0):x}"))
+        found.append(Gpu(memory, f"AMD {name}", f"GPU-{properties.get('unique_id', 0):016x}"))
     return (tuple(found), arch) if found else None
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.platform.machine import Machine
 
+YOURS = "set by you"
 When = Callable[[RunConfig, Machine], bool]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One variable: set to `value` where `when` holds. `source` says who recommends it."""
+    """One variable: set to `value` where `when` holds. `source` says who recommends it; `forced` beats the user's."""
 
     name: str
     value: str | Callable[[RunConfig, Machine], str]
     why: str
     source: str
     when: When
+    forced: bool = False
 
 
 def on(*, vendor: str | None = None, tier: str | None = None, multi_node: bool | None = None) -> When:
@@ -42,7 +45,9 @@ SETTINGS = (
     Setting("OMP_NUM_THREADS", lambda run, machine: str(run.hardware.threads), "cores divided by processes, so that they don't wait for each other", "measured: two busy processes with all cores each are 28 times slower", on()),
     Setting("TOKENIZERS_PARALLELISM", "false", "no threads that a fork would break", _SCRIPT, on()),
     Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start in order, which TP and CP overlap relies on", "megatron/core/tensor_parallel/layers.py", lambda run, machine: _gpu(run, machine) and not run.parallel.fsdp),
-    Setting("CUDA_VISIBLE_DEVICES", "", "TARGET=cpu leaves this machine's GPUs alone", "CUDA and HIP runtimes", lambda run, machine: machine.hidden_gpus),
+    Setting("CUDA_DEVICE_MAX_CONNECTIONS", "", "FSDP=1 needs it unset: 1 keeps its communication from overlapping", _SCRIPT, lambda run, machine: _gpu(run, machine) and run.parallel.fsdp, forced=True),
+    Setting("CUDA_VISIBLE_DEVICES", "-1", "TARGET=cpu leaves this machine's GPUs alone", "NVIDIA's CUDA runtime", lambda run, machine: machine.hides_gpus, forced=True),
+    Setting("HIP_VISIBLE_DEVICES", "-1", "TARGET=cpu leaves this machine's GPUs alone", "AMD's HIP runtime (ROCm/clr)", lambda run, machine: machine.hides_gpus, forced=True),
     Setting("TORCH_NCCL_HIGH_PRIORITY", "1", "communication streams go before compute", _SCRIPT, _gpu),
     Setting("NCCL_CHECKS_DISABLE", "1", "no argument checks in the hot path", _SCRIPT, _gpu),
     Setting("NCCL_CROSS_NIC", "0", "rings stay on their network card", _SCRIPT, lambda run, machine: _gpu(run, machine) and run.parallel.nnodes > 1),
@@ -66,15 +71,24 @@ LIBRARY_PREFIXES = (
 
 
 def environment(
-    run: RunConfig, machine: Machine, said: Mapping[str, str], gemm_tuning: bool = True
+    run: RunConfig,
+    machine: Machine,
+    said: Mapping[str, str],
+    exports: Mapping[str, str] = MappingProxyType({}),
+    gemm_tuning: bool = True,
 ) -> dict[str, tuple[str, str]]:
-    """Variable → (value, why) for a run's processes. A name in `said` (the user's) keeps the user's value."""
-    rows = SETTINGS + (GEMM_TUNING if gemm_tuning else ())
-    result = {}
-    for row in rows:
+    """Variable → (value, why) for a run's processes.
+
+    A name in `said` (the user's environment) or `exports` (KEY=VALUE arguments) keeps the user's value, but for the
+    forced rows. An empty value stands for an unset variable.
+    """
+    result = {name: (value, YOURS) for name, value in exports.items()}
+    for row in SETTINGS + (GEMM_TUNING if gemm_tuning else ()):
         if not row.when(run, machine):
             continue
         value = row.value if isinstance(row.value, str) else row.value(run, machine)
-        forced = row.name == "CUDA_VISIBLE_DEVICES"  # the mask of TARGET=cpu is what TARGET=cpu means
-        result[row.name] = (said[row.name], "set by you") if row.name in said and not forced else (value, row.why)
+        if row.forced or row.name not in {**said, **exports}:
+            result[row.name] = value, row.why
+        else:
+            result[row.name] = exports.get(row.name, said.get(row.name, "")), YOURS
     return result

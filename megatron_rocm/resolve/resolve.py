@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rocm.config import schema
+from megatron_rocm.config import core_fields, schema
 from megatron_rocm.config.presets import GUIDE_SIZE, PRESETS, sizes
 from megatron_rocm.config.request import RunRequest
 from megatron_rocm.config.schema import RunConfig
@@ -69,10 +70,8 @@ def resolve(
         check_size(parse_blend(draft["DATA_PATH"]), draft["SPLIT"], draft["SEQ_LENGTH"], names)
     elif facts is None and request.text("TOKENIZER_MODEL"):
         draft.notes.append("TOKENIZER_MODEL is looked up when the run starts; here the vocabulary is the published one")
-    said = {**(said_environment or {}), **request.exports}
     tuning = request.text("GEMM_TUNING", "1") == "1"
-    settings = environment(config, machine, said, tuning)
-    settings |= {name: (value, "set by you") for name, value in request.exports.items()}
+    settings = environment(config, machine, said_environment or {}, request.exports, tuning)
     return Resolution(config, draft.origins, draft.notes, settings, request, machine)
 
 
@@ -220,6 +219,8 @@ def _adjust(draft: Draft) -> None:
         for name in ("ROPE_FUSION", "FUSED_SINGLE_QKV_ROPE", "GRADIENT_ACCUMULATION_FUSION"):
             draft.adjust(name, False, "a kernel of Transformer Engine's, which is not used here")
         draft.adjust("CROSS_ENTROPY_FUSION_IMPL", "native", "Transformer Engine is not used here")
+    else:
+        _adjust_to_libraries(draft)
     if draft["CROSS_ENTROPY_LOSS_FUSION"] and (draft.machine.vendor == "cpu" or draft["PRECISION"] == "fp32"):
         why = (
             "no GPU to fuse kernels on"
@@ -229,6 +230,9 @@ def _adjust(draft: Draft) -> None:
         draft.adjust("CROSS_ENTROPY_LOSS_FUSION", False, why)
     if not draft["ROPE_FUSION"]:
         draft.adjust("FUSED_SINGLE_QKV_ROPE", False, "ROPE_FUSION=0")
+    if draft["SEQ_LENGTH"] > preset.max_position_embeddings:
+        longest = preset.max_position_embeddings
+        draft.notes.append(f"SEQ_LENGTH={draft['SEQ_LENGTH']} is longer than {preset.title}'s {longest} positions")
     chunks = draft.layers(draft.layers(False) is None)
     most = max(max(stage) for stage in chunks) if chunks else preset.num_layers
     if not draft["RECOMPUTE"]:
@@ -244,6 +248,23 @@ def _adjust(draft: Draft) -> None:
         )
     if "SAVE_CKPT_PATH" not in draft.origins or not draft["SAVE_CKPT_PATH"]:
         draft.notes.append("SAVE_CKPT_PATH is not set: nothing is saved")
+
+
+# A switch that Transformer Engine's tier has by default → the package it needs besides.
+LIBRARIES = {"GRADIENT_ACCUMULATION_FUSION": "fused_weight_gradient_mlp_cuda", "USE_FLASH_ATTN": "flash_attn"}
+
+
+def _adjust_to_libraries(draft: Draft) -> None:
+    """Turn off what this machine lacks a package for; asked for by name, it is an error."""
+    if draft["PRECISION"] == "fp32":
+        draft.adjust("USE_FLASH_ATTN", False, "flash attention's kernels are for 16 bits")
+    for name, package in LIBRARIES.items():
+        if not draft[name] or not draft.machine.is_here or importlib.util.find_spec(package):
+            continue
+        if draft.origins[name] not in ("default", "rule"):
+            raise UsageError(f"{name}=1 needs the Python package {package}, which is not installed: set {name}=0")
+        draft.set(name, False, "rule")
+        draft.notes.append(f"{name} is off: the Python package {package} is not installed")
 
 
 def _config(draft: Draft, request: RunRequest, facts: DataFacts | None, now: datetime.datetime) -> RunConfig:
@@ -294,6 +315,10 @@ def _config(draft: Draft, request: RunRequest, facts: DataFacts | None, now: dat
             sections[variable.section][field] = draft[variable.name]
     for section, values in derived.items():
         sections[section].update(values)
+    for name in draft.values:
+        if name.startswith(core_fields.PREFIX):
+            kind, core_field = core_fields.split(name)
+            sections["core"].setdefault(kind, {})[core_field] = draft[name]
     return RunConfig.model_validate(sections)
 
 

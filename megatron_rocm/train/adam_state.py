@@ -1,4 +1,4 @@
-"""State of torch's own optimizers, so that megatron-core 0.16.1 saves and loads it exactly.
+"""State of the optimizers, so that megatron-core 0.16.1 saves and loads it exactly.
 
 Where Transformer Engine and Apex are missing, megatron-core trains with torch's Adam and SGD but keeps checkpoints as
 the fused optimizers of those two need it. What goes wrong (lines of megatron/core/optimizer), and is put right here:
@@ -7,14 +7,15 @@ the fused optimizers of those two need it. What goes wrong (lines of megatron/co
 - distrib_optimizer.py:940 asks the checkpoint for `step`, which is not kept per parameter, and copies into leaves;
 - distrib_optimizer.py:807 gives all parameters one `step` tensor, which every parameter then increments, so that a
   resumed run silently diverges;
-- optimizer.py:1019 calls a state initializer that SGD does not have;
+- optimizer.py:791 and :1019 call a state initializer that SGD, also that of the fused ones, does not have;
 - optimizer.py:845 and :1033 leave out a `step` of zero, without which Adam's state does not load.
 
     with loading(optimizer):
         state = load({..., "optimizer": optimizer.sharded_state_dict(..., is_loading=True, ...)}, folder)
         optimizer.load_state_dict(state["optimizer"])
 
-Other optimizers than torch's Adam, AdamW and SGD are left alone.
+Of Transformer Engine's and Apex's optimizers SGD's missing initializer is put right; their Adam is left alone. FSDP's
+checkpoints, which checkpoint/fsdp.py makes of the bare tensors, need `initialize_all` for them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,14 @@ def initialize(optimizer: MegatronOptimizer) -> None:
         _initialize(part.optimizer)
 
 
+def initialize_all(optimizer: MegatronOptimizer) -> None:
+    """`initialize` also for the fused optimizers, by megatron-core's own means where it has them."""
+    initialize(optimizer)
+    for part in _parts(optimizer):
+        if not isinstance(part.optimizer, _TORCH):
+            (part.init_state_fn or _initialize_momentum)(part.optimizer, part.config)
+
+
 @contextmanager
 def loading(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Within this, `sharded_state_dict(is_loading=True)` and `load_state_dict` of the optimizer are exact.
@@ -49,6 +58,8 @@ def loading(optimizer: MegatronOptimizer) -> Iterator[None]:
     Works for one process and for many, with and without the distributed optimizer.
     """
     initialize(optimizer)
+    for part in _parts(optimizer):
+        part.init_state_fn = part.init_state_fn or _initialize_momentum
     parts = list(_torch_parts(optimizer))
     for part in parts:
         part.init_state_fn = lambda inner, config=None: _initialize(inner)
@@ -64,10 +75,21 @@ def loading(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 
 def _torch_parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
-    """The optimizers chained in this one that have parameters and run on torch's Adam or SGD."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not part.is_stub_optimizer and isinstance(part.optimizer, _TORCH):
-            yield part
+    """Those that run on torch's Adam or SGD."""
+    return (part for part in _parts(optimizer) if isinstance(part.optimizer, _TORCH))
+
+
+def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    """The optimizers chained in this one that have parameters."""
+    return (part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if not part.is_stub_optimizer)
+
+
+def _initialize_momentum(inner: torch.optim.Optimizer, config: Any = None) -> None:
+    """State of an SGD that is not torch's before its first step; zeros do as the first gradient would alone."""
+    for group in inner.param_groups:
+        for param in group["params"]:
+            if group.get("momentum") and not inner.state[param]:
+                inner.state[param]["momentum_buffer"] = torch.zeros_like(param)
 
 
 def _initialize(inner: torch.optim.Optimizer) -> None:

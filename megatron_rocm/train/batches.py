@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +36,29 @@ class Indices:
             first += self.stride
 
 
+def loaders(run: RunConfig) -> int:
+    """Processes that read ahead for this one. None on a CPU, whose cores they would share with it."""
+    return 0 if run.hardware.vendor == "cpu" else 2
+
+
+def _heed_parent_alone(loader: int) -> None:
+    """Have this process end by a signal from its parent alone.
+
+    Whoever stops a run may signal all of its processes, and the training process still needs its samples to finish the
+    step. Just ignored, signals would leave it waiting for this process at its own end.
+    """
+    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # for all threads that are still to come too
+
+    def wait() -> None:
+        while signal.sigwaitinfo(numbers).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def micro_batches(run: RunConfig, dataset: Dataset[Any], start: int, chunk: torch.nn.Module) -> Iterator[Batch] | None:
     """This rank's micro batches for one model chunk; None where it neither embeds tokens nor computes the loss.
 
@@ -45,13 +71,14 @@ def micro_batches(run: RunConfig, dataset: Dataset[Any], start: int, chunk: torc
         start, run.training.micro_batch_size, mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     )
     gpu = run.hardware.vendor != "cpu"
-    # On a CPU the processes share its cores with their loaders anyway.
+    workers = loaders(run)
     loader = DataLoader(
         dataset,
         batch_sampler=indices,  # type: ignore[arg-type]  # any iterable of lists does
-        num_workers=2 if gpu else 0,
+        num_workers=workers,
         pin_memory=gpu,
-        persistent_workers=gpu,
+        persistent_workers=workers > 0,
+        worker_init_fn=_heed_parent_alone,
         generator=torch.Generator(),  # not the global one: a resumed run draws from that where the first left off
     )
     return iter(loader)

@@ -41,11 +41,13 @@ def work(run: RunConfig) -> int:
     """Join the run and train."""
     from megatron_rocm.platform import cpu
 
-    cpu.install()
+    on_cpu = cpu.install()
     from megatron_rocm.train import distributed
     from megatron_rocm.train.loop import Diverged, train
 
     try:
+        must_be_the_machine(run, on_cpu)
+        core_must_agree(run)
         distributed.connect(run)
         distributed.agree(run)
         distributed.form_groups(run)
@@ -67,6 +69,37 @@ def work(run: RunConfig) -> int:
     )
     distributed.leave()
     return 0
+
+
+def must_be_the_machine(run: RunConfig, on_cpu: bool) -> None:
+    """Raise UsageError where torch sees a GPU and the launcher has found none, or the other way round."""
+    found_none = run.hardware.vendor == "cpu"
+    if on_cpu and not found_none:
+        raise UsageError(
+            f"the launcher found a GPU ({run.hardware.arch}), but torch in {sys.executable} sees none: "
+            "install the torch of this machine's GPUs, or set TARGET=cpu"
+        )
+    if found_none and not on_cpu:
+        raise UsageError(
+            "the run is for a CPU, but torch sees a GPU that the launcher did not find (by the amdgpu driver's "
+            "/sys/class/kfd or by nvidia-smi): make these readable here, or set TARGET=cpu to leave the GPU alone"
+        )
+
+
+def core_must_agree(run: RunConfig) -> None:
+    """Raise UsageError where megatron-core's own classes refuse what core.<class>.<field>= has set."""
+    from megatron_rocm.model.build import ddp_config, optimizer_config, transformer_config
+
+    said = {name: value for name, value in run.core.model_dump().items() if value}
+    try:
+        transformer_config(run)
+        ddp_config(run)
+        optimizer_config(run)
+    except (ValueError, AssertionError) as error:
+        if not said:
+            raise
+        fields = ", ".join(f"core.{kind}.{name}={value}" for kind, of in said.items() for name, value in of.items())
+        raise UsageError(f"megatron-core refuses {fields}: {' '.join(str(error).split())}") from error
 
 
 def write_status(run: RunConfig, status: dict[str, Any]) -> None:

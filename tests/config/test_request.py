@@ -34,6 +34,12 @@ def test_later_argument_wins():
     assert said(["TP=2", "TP=4"]) == {"TP": (4, "argument")}
 
 
+def test_home_is_expanded_where_a_shell_has_not(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert said(["SAVE_CKPT_PATH=~/x", "EXP_NAME=a"])["SAVE_CKPT_PATH"] == ("/home/me/x", "argument")
+    assert read("llama3", ["DATA_PATH=0.5 ~/a 0.5 b~/c"], {}).text("DATA_PATH") == "0.5 /home/me/a 0.5 b~/c"
+
+
 def test_empty_value_is_unset():
     assert said(["TP="], {"MBS": ""}) == {}
 
@@ -65,7 +71,10 @@ def test_library_settings_are_handed_on():
         ("TE_FP8=1", ["TE_FP8=1", "not in this version"]),
         ("MEGATRON_FSDP=1", ["MEGATRON_FSDP=1", "not in this version"]),
         ("CKPT_FORMAT=torch", ["CKPT_FORMAT=torch", "torch_dist"]),
-        ("EXP_NAME=a/b", ["EXP_NAME=a/b"]),
+        ("EXP_NAME=a/b", ["EXP_NAME=a/b", "letters, digits"]),
+        ("MASTER_ADDR=$(id)", ["MASTER_ADDR=$(id)", "a host name or an address"]),
+        ("HSDP_NUM_REPLICAS=two", ["HSDP_NUM_REPLICAS=two", "whole number"]),
+        ("NNODES=999999999999", ["NNODES=999999999999", "at most 65536"]),
         ("LOG_DIR=a\x00b", ["control characters"]),
         ("HF_TOKEN=hf_secret", ["HF_TOKEN", "export"]),
         ("train", ["train", "KEY=VALUE"]),

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,7 +64,7 @@ def test_splits_are_megatron_cores(split):
             assert list(ours) == list(range(round(begin * documents), round(end * documents)))
 
 
-@pytest.mark.parametrize("split", ["", "a", "1,2,3,4", "-1,2", "0,1,0", "nan,1", "1;2"])
+@pytest.mark.parametrize("split", ["", "a", "1,2,3,4", "-1,2", "0,1,0", "nan,1", "1;2", "1e308,1e308"])
 def test_bad_split(split):
     with pytest.raises(UsageError, match=f"SPLIT={split}"):
         parse_split(split)
@@ -126,6 +128,16 @@ def test_sidecar_of_other_data(bpe, write_data, tmp_path):
     prefix = write_data(tmp_path / "b", [[5]])
     shutil.copy(tmp_path / "a.json", tmp_path / "b.json")
     with pytest.raises(UsageError, match="b.json speaks of 2 tokens and the .idx of 1"):
+        describe([(None, prefix)], HF, None)
+
+
+@pytest.mark.parametrize("tokenizer", [{"vocab_size": 320.5}, {"eod": "1"}, {"model": None}, {"fingerprint": []}])
+def test_a_sidecar_of_other_types_is_somebody_elses(bpe, write_data, tmp_path, tokenizer):
+    prefix = write_data(tmp_path / "a", [[5]], tokenizer=bpe)
+    sidecar = json.loads(Path(f"{prefix}.json").read_text())
+    sidecar["tokenizer"] |= tokenizer
+    Path(f"{prefix}.json").write_text(json.dumps(sidecar))
+    with pytest.raises(UsageError, match=f"TOKENIZER_MODEL is needed with DATA_PATH={prefix}"):
         describe([(None, prefix)], HF, None)
 
 

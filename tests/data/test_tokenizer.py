@@ -110,6 +110,15 @@ def test_sentencepiece_encodes_as_the_library(tmp_path):
     assert len(lengths) == 2
 
 
+def odd_eos(folder):
+    no_eos(folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": [7]}')
+
+
+def vocabulary(id):
+    return json.dumps({"model": {"vocab": {"a": 0, "<|end_of_text|>": id}}})
+
+
 def no_eos(folder):
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "special_tokens_map.json").unlink()
@@ -124,7 +133,11 @@ def no_eos(folder):
         (lambda folder: (folder / "tokenizer.json").write_text("[]"), "no JSON object"),
         (lambda folder: (folder / "tokenizer.json").write_text('{"model": {}}'), "not a Hugging Face tokenizer.json"),
         (lambda folder: (folder / "tokenizer.json").write_text('{"model": {"vocab": {}}}'), "not a Hugging Face"),
+        (lambda folder: (folder / "tokenizer.json").write_text(vocabulary(1.5)), "not a Hugging Face"),
+        (lambda folder: (folder / "tokenizer.json").write_text(vocabulary("7")), "not a Hugging Face"),
+        (lambda folder: (folder / "tokenizer.json").write_text(vocabulary(-1)), "not a Hugging Face"),
         (no_eos, "names no eos_token"),
+        (odd_eos, "names no eos_token"),
         (lambda folder: (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}'), "'</s>' is not in"),
     ],
 )

@@ -1,5 +1,6 @@
 """DRY_RUN=1 and --help through the command."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,11 +41,12 @@ def test_dry_run_tells_all_and_starts_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", [(), ("TP=8", "PP=8", "VPP=8")])
-def test_405_on_16_nodes_names_the_line_of_each_node(layout: tuple[str, ...]) -> None:
+def test_405_on_16_nodes_tells_each_node_what_to_type(layout: tuple[str, ...]) -> None:
     done = command("train", "--family", "llama3", "MODEL_SIZE=405", "NNODES=16", "TARGET=mi300x", "DRY_RUN=1", *layout)
     assert done.returncode == 0, done.stderr
-    for rank in range(16):
-        assert any(f"NODE_RANK={rank} " in line and "train_llama3.sh" in line for line in done.stdout.splitlines())
+    lines = done.stdout[done.stdout.index("on each node") :].splitlines()[1:17]
+    for rank, line in enumerate(lines):
+        assert f"NODE_RANK={rank} " in line and "train_llama3.sh" in line
     assert "--nnodes 16 --node-rank 0 --nproc-per-node 8" in done.stdout
 
 
@@ -74,3 +76,23 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     shell = f'"{sys.executable}" -m megatron_rocm.cli train --help | head -1'
     done = subprocess.run(["bash", "-c", shell], env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("nodes", "lines"), [(2, 2), (64, 64), (512, 4)])
+def test_the_plan_of_many_nodes_stays_short(nodes: int, lines: int) -> None:
+    done = command("train", "--family", "llama3", "MODEL_SIZE=8", f"NNODES={nodes}", "TARGET=mi300x", "DRY_RUN=1")
+    shown = done.stdout[done.stdout.index("on each node") :].splitlines()[1:]
+    assert len([line for line in shown if "NODE_RANK=" in line]) == lines
+
+
+def test_an_empty_setting_is_taken_out_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_rocm.config import read
+    from megatron_rocm.launch.run import _environment
+    from megatron_rocm.platform.machine import find
+    from megatron_rocm.resolve import resolve
+
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    for fsdp, left in (("1", None), ("0", "1")):
+        request = read("llama3", ["MODEL_SIZE=8", f"FSDP={fsdp}"], {})
+        resolution = resolve(request, find("mi300x"), dict(os.environ), dry_run=True)
+        assert _environment(resolution, Path("log")).get("CUDA_DEVICE_MAX_CONNECTIONS") == left

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from processes import HERE, gone, start, until
 
 from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.launch.lock import Lock
 from megatron_rocm.launch.preflight import free_port
+from megatron_rocm.launch.run import Log
 
 DRIVER = str(HERE / "driver.py")
 
@@ -70,7 +73,8 @@ def test_a_failure_names_status_and_log(tmp_path: Path) -> None:
 
 
 def test_a_busy_folder_is_refused_and_free_at_once_after_kill_9(tmp_path: Path) -> None:
-    first = launched(tmp_path, "60")
+    port = f"MASTER_PORT={free_port()}"
+    first = launched(tmp_path, "60", keys=(port,))
     pids = [int(pid) for pid in re.findall(r"pid (\d+)", until(first, "is up", 2))]
     second = launched(tmp_path, "0.1")
     output = second.communicate(timeout=60)[0]
@@ -79,7 +83,7 @@ def test_a_busy_folder_is_refused_and_free_at_once_after_kill_9(tmp_path: Path) 
     assert "SAVE_CKPT_PATH" in third.communicate(timeout=60)[0] and third.returncode == 2
     agent = child(first.pid)
     first.kill()
-    again = launched(tmp_path, "0.1")
+    again = launched(tmp_path, "0.1", keys=(port,))
     assert gone([agent, *pids])
     assert again.communicate(timeout=60)[0] and again.returncode == 0
 
@@ -101,6 +105,43 @@ def test_the_second_node_writes_files_of_its_own(tmp_path: Path) -> None:
     assert [process.returncode for process in nodes] == [0, 0], outputs
     assert json.loads((tmp_path / "run_node1.json").read_text())["launch"]["node_rank"] == 1
     assert "rank 2 " in (tmp_path / "output_perf_node1.log").read_text()
+    assert (tmp_path / ".lock_node1").is_file()
+
+
+@pytest.mark.parametrize(("rank", "name"), [(0, ".lock"), (1, ".lock_node1")])
+def test_each_node_holds_its_run_folder(tmp_path: Path, rank: int, name: str) -> None:
+    lock = Lock(tmp_path, "LOG_DIR", name)
+    process = launched(tmp_path, "0.1", keys=("NNODES=2", f"NODE_RANK={rank}"))
+    output = process.communicate(timeout=60)[0]
+    lock.release()
+    assert process.returncode == 2 and f"LOG_DIR={tmp_path}: this folder is in use by process {os.getpid()}" in output
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [(".lock", "Is a directory"), ("run.json", "Is a directory"), ("output_perf.log", "Is a directory")],
+)
+def test_a_file_that_cannot_be_written_is_one_message(tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / name).mkdir()
+    process = launched(tmp_path, "0.1")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    assert len(output.splitlines()) == 1 and f"LOG_DIR={tmp_path}: {tmp_path / name} can't be written: {told}" in output
+
+
+def test_a_start_that_is_refused_leaves_no_folders(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        process = launched(tmp_path / "run", "0.1", keys=(f"MASTER_PORT={taken.getsockname()[1]}",))
+        assert "MASTER_PORT" in process.communicate(timeout=60)[0] and process.returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_does_not_stop_the_reading(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    log = Log(Path("/dev/full"), show=True)
+    log.say("still here")
+    assert capfdbinary.readouterr().out == b"still here\n"
 
 
 def child(pid: int) -> int:

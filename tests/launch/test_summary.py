@@ -34,3 +34,13 @@ def test_the_first_two_steps_and_the_last_do_not_count(tmp_path: Path, capsys: p
 def test_without_a_run_it_says_what_is_missing(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--family", "llama3", "NO_TRAINING=1", *words]) == 2
     assert "LOG_DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3", "{", '{"hash": "x"}', '{"hash": "x", "model": {}}'])
+def test_a_run_json_that_no_run_wrote_is_one_message(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text(text)
+    assert cli.main(["train", "--family", "llama3", "NO_TRAINING=1", f"LOG_DIR={tmp_path}"]) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and f"LOG_DIR={tmp_path}: run.json can't be used: " in told

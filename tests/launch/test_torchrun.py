@@ -104,3 +104,25 @@ def test_a_signal_while_waiting_for_other_nodes_ends_at_once() -> None:
     before = time.monotonic()
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=10) == 143 and time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize(
+    ("failures", "cause"),
+    [
+        ({0: (1, 5.0), 1: (2, 6.0)}, 1),  # a usage error, though later
+        ({0: (1, 5.0), 1: (-11, 5.1)}, 1),  # rank 1 crashed, rank 0 lost its peer
+        ({0: (-9, 35.0), 1: (1, 5.0)}, 1),  # rank 0 hung on and was killed by the agent
+        ({0: (-15, 5.1), 1: (1, 5.0)}, 1),
+        ({0: (-9, 5.0), 1: (1, 5.2)}, 0),  # the kernel ended rank 0 for its memory
+    ],
+)
+def test_the_cause_is_named_and_not_its_consequences(
+    failures: dict[int, tuple[int, float]], cause: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from types import SimpleNamespace
+
+    from megatron_rocm.launch.torchrun import Agent, Stop
+
+    told = {rank: SimpleNamespace(exitcode=code, timestamp=at, pid=7) for rank, (code, at) in failures.items()}
+    Agent([], Stop())._failed(told)
+    assert f"rank {cause} " in capfd.readouterr().err

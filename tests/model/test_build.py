@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from support import tiny_run
 
-from megatron_rocm.model.build import ddp_config, optimizer_config, transformer_config
+from megatron_rocm.errors import UsageError
+from megatron_rocm.model.build import ddp_config, optimizer_config, require_attention, transformer_config
 
 DEEP = {"num_layers": 126, "pp": 8, "count_embedding_and_loss": True}
 
@@ -69,6 +74,37 @@ def test_fused_cross_entropy_is_for_bf16() -> None:
     assert config.cross_entropy_loss_fusion and config.cross_entropy_fusion_impl == "native"
 
 
+@pytest.mark.parametrize(
+    ("fields", "backend"),
+    [
+        ({"dtype": "bf16"}, AttnBackend.fused),
+        ({"dtype": "bf16", "flash_attention": True}, AttnBackend.flash),
+        ({"dtype": "fp32", "flash_attention": True}, AttnBackend.unfused),
+    ],
+)
+def test_attention(fields: dict[str, object], backend: AttnBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb", print)
+    assert transformer_config(tiny_run(vendor="amd", tier="te", **fields)).attention_backend == backend
+
+
+@pytest.mark.parametrize("backend", [AttnBackend.flash, AttnBackend.fused, AttnBackend.unfused, AttnBackend.auto])
+def test_exported_attention_is_refused_as_megatron_core_refuses_it(
+    backend: AttnBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SimpleNamespace(config=SimpleNamespace(attention_backend=backend))
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        for value in "01":
+            with monkeypatch.context() as patch:
+                patch.setattr("os.environ", {name: value})
+                try:
+                    LanguageModule._set_attention_backend(module)
+                except AssertionError:
+                    with pytest.raises(UsageError, match=f"{name}={value}"):
+                        require_attention(backend, {name: value})
+                else:
+                    require_attention(backend, {name: value})
+
+
 def test_recompute_is_honoured() -> None:
     config = transformer_config(tiny_run(recompute=True, recompute_num_layers=3))
     assert (config.recompute_granularity, config.recompute_method, config.recompute_num_layers) == ("full", "block", 3)
@@ -86,3 +122,4 @@ def test_the_optimizer() -> None:
     assert (config.optimizer, config.clip_grad, config.weight_decay) == ("adam", 0.5, 0.2)
     assert config.bf16 and config.params_dtype is torch.bfloat16 and config.decoupled_weight_decay
     assert optimizer_config(tiny_run(name="sgd")).sgd_momentum == 0.9
+    assert not optimizer_config(tiny_run(dtype="bf16", fsdp=True)).bf16  # FSDP's parameters are the master copy

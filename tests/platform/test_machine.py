@@ -9,6 +9,7 @@ import pytest
 from megatron_rocm.errors import UsageError
 from megatron_rocm.platform.machine import GIB, TARGETS, detect, find
 
+ID = 0xABC0000000000000
 CPU_NODE = "cpu_cores_count 64\nsimd_count 0\nunique_id 0\n"
 
 
@@ -20,7 +21,7 @@ def amd_tree(root: Path, gpus: int, memory: int, version: int = 90402) -> Path:
         (node / "mem_banks/0").mkdir(parents=True)
         gpu = number > 0
         (node / "properties").write_text(
-            f"cpu_cores_count 0\nsimd_count 1216\ngfx_target_version {version}\nunique_id {1000 + number}\n"
+            f"cpu_cores_count 0\nsimd_count 1216\ngfx_target_version {version}\nunique_id {ID + number}\n"
             if gpu
             else CPU_NODE
         )
@@ -77,7 +78,9 @@ def test_partitions_are_devices_of_their_own(tmp_path):
         ),  # HIP counts what ROCr left: 4 is none
         ({"CUDA_VISIBLE_DEVICES": "2"}, 1),
         ({"CUDA_VISIBLE_DEVICES": "2", "HIP_VISIBLE_DEVICES": "0,1,2"}, 3),
-        ({"ROCR_VISIBLE_DEVICES": "GPU-3e9,GPU-3ea"}, 2),  # unique_id 1001 and 1002 in hexadecimal
+        ({"ROCR_VISIBLE_DEVICES": "GPU-abc0000000000001,GPU-ABC0000000000002"}, 2),
+        ({"HIP_VISIBLE_DEVICES": ""}, 8),  # to HIP an empty mask is none
+        ({"HIP_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "1"}, 1),
         ({"HIP_VISIBLE_DEVICES": "0,9,1"}, 1),
     ],
 )
@@ -85,7 +88,7 @@ def test_amd_masks(tmp_path, masks, left):
     assert len(detect(masks, amd_tree(tmp_path, 8, GIB)).gpus) == left
 
 
-@pytest.mark.parametrize("mask", ["", "-1", "none"])
+@pytest.mark.parametrize("mask", ["-1", "none"])
 def test_everything_masked_is_a_cpu(tmp_path, mask):
     assert detect({"HIP_VISIBLE_DEVICES": mask}, amd_tree(tmp_path, 2, GIB)).vendor == "cpu"
 
@@ -122,7 +125,7 @@ def test_cgroup_limit_is_the_memory(tmp_path):
 
 def test_target_cpu_hides_gpus(tmp_path):
     machine = find("cpu", {}, amd_tree(tmp_path, 8, GIB))
-    assert machine.vendor == "cpu" and machine.hidden_gpus and machine.is_here
+    assert machine.vendor == "cpu" and machine.hides_gpus and machine.is_here
 
 
 def test_targets():

@@ -9,6 +9,7 @@ from megatron_rocm.config import RunConfig, read
 from megatron_rocm.config.others import OTHERS
 from megatron_rocm.config.schema import variables
 from megatron_rocm.errors import UsageError
+from megatron_rocm.launch import dry_run
 from megatron_rocm.model.build import ddp_config, optimizer_config, transformer_config
 from megatron_rocm.plan.memory import layers_per_chunk, lower_bound
 from megatron_rocm.platform.machine import GIB, TARGETS, Gpu, Machine, find
@@ -82,6 +83,7 @@ def check(asked, machine):
         return
     outcomes["configuration"] += 1
     accepted_by_megatron_core(result.config)
+    assert dry_run.text(result)
 
 
 def without_fused_rope(run: RunConfig) -> RunConfig:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from megatron_rocm.config import RunConfig, read
 from megatron_rocm.errors import UsageError
+from megatron_rocm.plan.memory import lower_bound
 from megatron_rocm.platform.machine import GIB, Gpu, Machine, find
 from megatron_rocm.platform.settings import LIBRARY_PREFIXES
 from megatron_rocm.resolve import resolve
@@ -87,7 +88,7 @@ def test_fsdp_switches_tp_and_sequence_parallel_off_and_says_so():
     assert (parallel.tp, parallel.sequence_parallel, parallel.distributed_optimizer) == (1, False, False)
     assert any(note.startswith("TP=4 becomes 1") for note in result.notes)
     assert any(note.startswith("SEQ_PARALLEL=1 becomes 0") for note in result.notes)
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in result.environment
+    assert result.environment["CUDA_DEVICE_MAX_CONNECTIONS"][0] == ""  # unset, whatever was exported
 
 
 @pytest.mark.parametrize(
@@ -171,8 +172,15 @@ def test_gemm_tuning_sets_transformer_engines_counts():
 
 
 def test_target_cpu_leaves_gpus_alone():
-    hidden = replace(CPU, hidden_gpus=True)
-    assert resolved(machine=hidden).environment["CUDA_VISIBLE_DEVICES"][0] == ""
+    settings = resolved("TARGET=cpu", "HIP_VISIBLE_DEVICES=0", environment={"CUDA_VISIBLE_DEVICES": "0,1"}).environment
+    assert settings["CUDA_VISIBLE_DEVICES"][0] == settings["HIP_VISIBLE_DEVICES"][0] == "-1"
+    assert "CUDA_VISIBLE_DEVICES" not in resolved().environment
+
+
+def test_fields_of_megatron_cores_own_classes():
+    config = resolved("core.transformer.qk_layernorm=1", "core.ddp.bucket_size=1000").config
+    assert (config.core.transformer, config.core.ddp) == ({"qk_layernorm": True}, {"bucket_size": 1000})
+    assert config.hash != resolved().config.hash
 
 
 def test_hash_is_of_the_run_and_not_of_the_node():
@@ -194,6 +202,25 @@ def test_config_is_frozen_and_survives_a_file(tmp_path):
     file.write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="changed by hand"):
         RunConfig.load(file)
+
+
+def test_what_needs_a_missing_package_is_off_or_refused():
+    machine = Machine("x", "nvidia", "sm_90", (Gpu(80 * GIB),) * 8, 2048 * GIB, 96, "te")
+    result = resolved("MODEL_SIZE=8", machine=machine)
+    assert not result.config.precision.gradient_accumulation_fusion
+    assert any("fused_weight_gradient_mlp_cuda is not installed" in note for note in result.notes)
+    assert "needs the Python package flash_attn" in message("MODEL_SIZE=8", "USE_FLASH_ATTN=1", machine=machine)
+    assert resolved("MODEL_SIZE=8", "TARGET=h100").config.precision.gradient_accumulation_fusion
+
+
+def test_a_sequence_beyond_the_published_positions_is_told():
+    notes = resolved("MODEL_SIZE=7", "TARGET=mi300x", "SEQ_LENGTH=8192", family="llama2").notes
+    assert any("SEQ_LENGTH=8192 is longer than Llama 2 7B's 4096 positions" in note for note in notes)
+
+
+def test_pipeline_stages_on_a_cpu_share_its_memory():
+    whole, split = (lower_bound(resolved(f"PP={pp}", f"GPUS_PER_NODE={pp}").config) for pp in (1, 4))
+    assert split.parameters == pytest.approx(whole.parameters / 4, abs=1)
 
 
 def test_origins_say_where_values_come_from():

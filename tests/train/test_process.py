@@ -10,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from support import environment, free_port, start, tiny_run
 
 from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.errors import UsageError
+from megatron_rocm.train.process import must_be_the_machine
 
 
 def worker(run: RunConfig, file: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[str]:
@@ -75,6 +78,16 @@ def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
     assert "Traceback" not in text
     assert json.loads((tmp_path / "status.json").read_text())["outcome"] == "diverged"
     assert not list((tmp_path / "checkpoints").glob("iter_*"))
+
+
+def test_another_machine_than_the_launcher_found(tmp_path: Path) -> None:
+    process = worker(tiny_run(tmp_path, vendor="amd", arch="gfx942"), tmp_path / "run.json", 0, 1, free_port())
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, text
+    assert len(text.splitlines()) == 1 and "the launcher found a GPU (gfx942), but torch" in text
+    with pytest.raises(UsageError, match="torch sees a GPU that the launcher did not find"):
+        must_be_the_machine(tiny_run(), on_cpu=False)
+    must_be_the_machine(tiny_run(), on_cpu=True)
 
 
 def test_a_configuration_that_was_changed(tmp_path: Path) -> None:
