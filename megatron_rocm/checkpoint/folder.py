@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
+from megatron_rocm.platform.disk import sync_folder
 
 TRACKER = "latest_checkpointed_iteration.txt"
 PARTIAL = ".partial"  # ends the name of a folder that is being written
@@ -69,15 +70,6 @@ def set_latest(root: str | Path, iteration: int) -> None:
         os.fsync(file.fileno())
     temporary.replace(tracker)
     sync_folder(tracker.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Have the names in a folder on disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_partial(root: str | Path) -> list[Path]:

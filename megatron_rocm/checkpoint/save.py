@@ -16,10 +16,11 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 
-from megatron_rocm.checkpoint.folder import PARTIAL, checkpoint_path, remove_partial, set_latest, sync_folder
+from megatron_rocm.checkpoint.folder import PARTIAL, checkpoint_path, remove_partial, set_latest
 from megatron_rocm.checkpoint.state import State, metadata, sharded
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
+from megatron_rocm.platform.disk import sync_folder
 from megatron_rocm.train import adam_state
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rocm.errors import UsageError
+from megatron_rocm.platform.disk import sync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -179,12 +180,3 @@ class IndexedWriter:
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_rocm.data.hub import MAIN_FILES, TokenizerFiles, find_files
-from megatron_rocm.data.indexed import sync_folder
 from megatron_rocm.data.spm import read_model
 from megatron_rocm.errors import UsageError
+from megatron_rocm.platform.disk import sync_folder
 
 TYPES = tuple(MAIN_FILES)
 REFUSED_TYPES = {
