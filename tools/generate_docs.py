@@ -12,8 +12,13 @@ from pathlib import Path
 
 from megatron_rocm.config.others import OTHERS
 from megatron_rocm.config.presets import PRESETS
-from megatron_rocm.config.schema import NO_EFFECT, OURS, REFUSED, REPAIRED, WORKS, variables
+from megatron_rocm.config.request import read
+from megatron_rocm.config.schema import variables
+from megatron_rocm.config.variable import NO_EFFECT, OURS, REFUSED, REPAIRED, WORKS
+from megatron_rocm.errors import UsageError
+from megatron_rocm.platform.machine import find
 from megatron_rocm.platform.settings import GEMM_TUNING, SETTINGS
+from megatron_rocm.resolve import resolve
 from megatron_rocm.resolve.rules import RULES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -91,6 +96,72 @@ def rules_page() -> str:
     ])  # fmt: skip
 
 
+# What is combined pairwise → the request for it.
+FEATURES = {
+    "TP": {"TP": "2"},
+    "SP": {"TP": "2", "SEQ_PARALLEL": "1"},
+    "PP": {"PP": "2"},
+    "VPP": {"PP": "2", "VPP": "2"},
+    "CP": {"CP": "2"},
+    "distributed optimizer": {"USE_DISTRIBUTED_OPTIMIZER": "1"},
+    "overlaps": {"OVERLAP_GRAD_REDUCE": "1", "OVERLAP_PARAM_GATHER": "1"},
+    "FSDP": {"FSDP": "1"},
+    "Megatron-FSDP": {"MEGATRON_FSDP": "1"},
+    "HSDP": {"MEGATRON_FSDP": "1", "ENABLE_HSDP": "1"},
+    "recompute, full": {"RECOMPUTE": "1"},
+    "recompute, selective": {"RECOMPUTE": "1", "RECOMPUTE_GRANULARITY": "selective"},
+    "activation offload": {"CPU_OFFLOADING_NUM_LAYERS": "1"},
+    "optimizer offload": {"OPTIMIZER_CPU_OFFLOAD": "1"},
+    "FP16": {"PRECISION": "fp16"},
+    "FP32": {"PRECISION": "fp32"},
+    "SGD": {"OPTIMIZER": "sgd"},
+    "tied embeddings": {"MODEL_SIZE": "1"},
+    "document boundaries": {"RESET_ATTENTION_MASK": "1"},
+    "deterministic": {"DETERMINISTIC": "1"},
+}
+
+
+def combinations_page() -> str:
+    """Every pair of features, resolved: yes, or the number of the reason why not."""
+    reasons: dict[str, int] = {}
+    rows: list[tuple[object, ...]] = []
+    names = list(FEATURES)
+    for row, name in enumerate(names):
+        cells = []
+        for other in names[:row]:
+            if any(FEATURES[name].get(key, value) != value for key, value in FEATURES[other].items()):
+                cells.append("–")  # one variable, two values
+                continue
+            reason = refusal({**FEATURES[name], **FEATURES[other]})
+            cells.append("yes" if reason is None else f"[{reasons.setdefault(reason, len(reasons) + 1)}]")
+        rows.append((f"**{name}**", *cells, *("",) * (len(names) - 1 - row)))
+    asks = ", ".join(
+        f"{name}: `{' '.join(f'{key}={value}' for key, value in asked.items())}`" for name, asked in FEATURES.items()
+    )
+    return "\n".join([
+        MADE,
+        "# What combines with what\n",
+        "Made by resolving every pair of requests for one node of eight MI300X with Transformer Engine: it says what a "
+        "run says. A number stands for the reason below: the message that the run ends with, or the line with which "
+        "it turns the weaker wish off. A dash: two values of one variable.\n",
+        f"Asked for: {asks}.\n",
+        table(("", *names[:-1]), rows),
+        *(f"{number}. {reason}" for reason, number in reasons.items()),
+        "",
+    ])  # fmt: skip
+
+
+def refusal(asked: dict[str, str]) -> str | None:
+    """Why a request is refused or changed, or None."""
+    said = {"MODEL_SIZE": "8", "TP": "1", "BS": "64", **asked}
+    arguments = [f"{name}={value}" for name, value in said.items()]
+    try:
+        run = resolve(read("llama3", arguments, {}), find("mi300x"), dry_run=True)
+    except UsageError as error:
+        return str(error)
+    return next((note for note in run.notes if note.startswith(tuple(f"{name}=" for name in asked))), None)
+
+
 def table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
@@ -101,6 +172,7 @@ PAGES = {
     "models.md": models_page,
     "environment.md": environment_page,
     "rules.md": rules_page,
+    "combinations.md": combinations_page,
 }
 
 

@@ -6,7 +6,8 @@ import textwrap
 
 from megatron_rocm.config.others import OTHERS
 from megatron_rocm.config.presets import sizes
-from megatron_rocm.config.schema import NO_EFFECT, REFUSED, variables
+from megatron_rocm.config.schema import variables
+from megatron_rocm.config.variable import NO_EFFECT, REFUSED
 
 WIDTH = 118
 _SCRIPT = "examples/llama/train_{family}.sh"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rocm.config.schema import NO_EFFECT, OURS, REFUSED, REPAIRED, WORKS
+from megatron_rocm.config.variable import NO_EFFECT, OURS, REFUSED, REPAIRED, WORKS
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,6 @@ OTHERS = (
     Other("FP4_SELECTIVE_BF16", "0", "some layers in BF16", NO_EFFECT, "read with TE_FP4=1 only", ("0", "1")),
     Other("FP4_BF16_START", "2", "first layers in BF16", NO_EFFECT, "read with TE_FP4=1 only", pattern=r"\d+"),
     Other("FP4_BF16_END", "8", "last layers in BF16", NO_EFFECT, "read with TE_FP4=1 only", pattern=r"\d+"),
-    Other("MEGATRON_FSDP", "0", "Megatron-FSDP", REFUSED, f"Megatron-FSDP is {LATER}: FSDP=1 is PyTorch's", ("0",)),
-    Other("ENABLE_HSDP", "0", "FSDP within, replicas across groups", REFUSED, f"HSDP is {LATER}", ("0",)),
-    Other("HSDP_NUM_REPLICAS", "2", "replicas of HSDP", NO_EFFECT, "read with ENABLE_HSDP=1 only", pattern=r"\d+"),
     Other("CONTI_PARAMS", "0", "contiguous parameters in local DDP", REFUSED, "upstream's gradient buffers are always contiguous; the option is gone", ("0",)),
     Other("ENABLE_PROFILING", "0", "torch profiler", REFUSED, f"profiling is {LATER}", ("0",)),
     Other("TARGET", "", "plan for another machine: mi250x mi300x mi325x mi355x a100 h100 h200 b200 cpu", OURS, "with DRY_RUN=1"),

@@ -19,7 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_rocm.config import core_fields
 from megatron_rocm.config.others import OTHERS
-from megatron_rocm.config.schema import Variable, variables
+from megatron_rocm.config.schema import variables
+from megatron_rocm.config.variable import Variable
 from megatron_rocm.errors import UsageError
 
 # A secret on a command line is readable by every user of the machine.
@@ -38,11 +39,15 @@ class Said:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What was said for a run of `family`. `said` is keyed by variable name, `exports` are library settings."""
+    """What was said for a run of `family`. `said` is keyed by variable name, `exports` are library settings.
+
+    `layers` has the model cut to so many: no model to train, but one to compare layouts with.
+    """
 
     family: str
     said: Mapping[str, Said]
     exports: Mapping[str, str]
+    layers: int | None = None
 
     def text(self, name: str, default: str = "") -> str:
         """The value of `name` as text."""
@@ -140,12 +145,19 @@ def _value(name: str, text: str) -> Any:
     if name in ("DATA_PATH", "MODEL_SIZE"):  # resolved against files and families
         return text
     try:
-        value = _adapter(variable).validate_python(text)
+        value = _adapter(variable).validate_python(text.replace(",", " ").split() if _is_list(variable) else text)
     except ValidationError:
         raise UsageError(f"{name}={text}: must be {describe(variable)} ({variable.help})") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name}={text}: must be {describe(variable)} ({variable.help})")
     return value
+
+
+def _is_list(variable: Variable) -> bool:
+    kinds = typing.get_args(variable.info.annotation)
+    return typing.get_origin(variable.info.annotation) is tuple or any(
+        typing.get_origin(kind) is tuple for kind in kinds
+    )
 
 
 def _adapter(variable: Variable) -> TypeAdapter[Any]:

@@ -10,56 +10,20 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.config import JsonDict
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
-# What a variable that AMD's guide knows does here.
-WORKS = "works"  # as users of the guide know it
-REPAIRED = "repaired"  # works, where the guide's scripts get it wrong
-NO_EFFECT = "accepted without effect"
-REFUSED = "refused"
-OURS = "ours"  # not in the guide
-
-MOST = 10**9  # of steps, seconds, samples and tokens of a sequence
-MOST_PROCESSES = 65_536
-BY_RULE: Any = PydanticUndefined  # no default: `resolve` computes it; `default_text` says how
-
-
-@dataclass(frozen=True)
-class Variable:
-    """One name people can type, as KEY=VALUE, in the environment or in a YAML file."""
-
-    name: str
-    section: str
-    help: str
-    default: Any
-    default_text: str
-    state: str
-    note: str
-    info: FieldInfo
-
-
-def var(
-    name: str,
-    default: Any,
-    help: str,
-    *,
-    text: str = "",
-    state: str = WORKS,
-    note: str = "",
-    values: str = "",
-    **limits: Any,
-) -> Any:
-    """A field that people set as `name`. `text` describes a default that is computed, `values` what passes `limits`,
-    which go to pydantic."""
-    meta: JsonDict = {"var": name, "text": text, "state": state, "note": note, "values": values}
-    return Field(default, description=help, json_schema_extra=meta, **limits)
+from megatron_rocm.config.variable import (
+    BY_RULE,
+    MOST,
+    MOST_PROCESSES,
+    OURS,
+    REPAIRED,
+    Variable,
+    var,
+)
 
 
 class Section(BaseModel):
@@ -120,11 +84,27 @@ class Parallel(Section):
     cp: int = var("CP", 1, "context parallel size", ge=1, le=MOST_PROCESSES)
     dp: int
     sequence_parallel: bool = var("SEQ_PARALLEL", True, "split the sequence in norms and dropouts too; needs TP > 1")
+    distributed_optimizer: bool = var(
+        "USE_DISTRIBUTED_OPTIMIZER", BY_RULE, "shard optimizer state over the data parallel ranks",
+        text="1 with adam, without FSDP and MEGATRON_FSDP", state=OURS,
+    )  # fmt: skip
     fsdp: bool = var(
         "FSDP", False, "PyTorch FSDP-v2 instead of the distributed optimizer; turns TP and SEQ_PARALLEL off",
         state=REPAIRED, note="saves and resumes; the guide's script trips over its own CKPT_FORMAT default",
     )  # fmt: skip
-    distributed_optimizer: bool = Field(description="optimizer state sharded over data parallel ranks")
+    megatron_fsdp: bool = var(
+        "MEGATRON_FSDP",
+        False,
+        "Megatron-FSDP: parameters, gradients and optimizer state sharded over data parallel ranks",
+    )
+    hsdp: bool = var(
+        "ENABLE_HSDP",
+        False,
+        "with MEGATRON_FSDP=1: shard within a group of processes, replicate over HSDP_NUM_REPLICAS",
+    )
+    hsdp_replicas: int = var(
+        "HSDP_NUM_REPLICAS", 2, "groups that each hold the whole model, with ENABLE_HSDP=1", ge=2, le=MOST_PROCESSES
+    )
     overlap_grad_reduce: bool = var(
         "OVERLAP_GRAD_REDUCE", BY_RULE, "reduce gradients while the backward pass runs", text="1 where DP > 1",
         state=OURS,
@@ -140,7 +120,7 @@ class Parallel(Section):
 
 class Precision(Section):
     dtype: Literal["bf16", "fp32", "fp16"] = var(
-        "PRECISION", BY_RULE, "bf16 (FP32 master weights) or fp32; fp16 is refused for now",
+        "PRECISION", BY_RULE, "bf16 or fp16 (both with FP32 master weights), or fp32",
         text="bf16; fp32 for tiny on a CPU",
         state=OURS,
     )  # fmt: skip
@@ -171,6 +151,23 @@ class Precision(Section):
         text="1 for Llama 2, 0 for Llama 3", note="without Transformer Engine always torch's own flash kernel",
     )  # fmt: skip
 
+    loss_scale: float | None = var(
+        "LOSS_SCALE", None, "with PRECISION=fp16: a fixed scale of the loss", text="dynamic", state=OURS, ge=1
+    )
+    initial_loss_scale: float = var(
+        "INITIAL_LOSS_SCALE", 2.0**32, "the dynamic loss scale's first value", text="2^32", state=OURS, ge=1
+    )
+    min_loss_scale: float = var("MIN_LOSS_SCALE", 1.0, "the dynamic loss scale's least value", state=OURS, gt=0)
+    loss_scale_window: int = var(
+        "LOSS_SCALE_WINDOW",
+        1000,
+        "steps without overflow after which the loss scale doubles",
+        state=OURS,
+        ge=1,
+        le=MOST,
+    )
+    hysteresis: int = var("HYSTERESIS", 2, "overflows after which the loss scale halves", state=OURS, ge=1, le=MOST)
+
 
 class Training(Section):
     micro_batch_size: int = var("MBS", 1, "sequences per process and micro batch", ge=1, le=MOST)
@@ -184,11 +181,55 @@ class Training(Section):
     )
     train_iters: int = var("TOTAL_ITERS", 12, "steps to train, counted from the very first", ge=1, le=MOST)
     seed: int = var("SEED", 1234, "seed of weights, data order and dropout", state=OURS, ge=0, lt=2**31)
-    recompute: bool = var("RECOMPUTE", False, "recompute activations of whole layers in the backward pass")
+    rampup: tuple[int, int, int] | None = var(
+        "RAMPUP_BATCH_SIZE", None, "`start increment samples`: the batch grows from start to BS by increments, evenly over so "
+        "many samples", text="BS from the first step", values="three whole numbers: start increment samples", state=OURS,
+    )  # fmt: skip
+    recompute: bool = var("RECOMPUTE", False, "recompute activations in the backward pass")
+    recompute_granularity: Literal["full", "selective"] = var(
+        "RECOMPUTE_GRANULARITY",
+        "full",
+        "with RECOMPUTE=1: full (whole layers) or selective (RECOMPUTE_MODULES)",
+        state=OURS,
+    )
+    recompute_method: Literal["block", "uniform"] = var(
+        "RECOMPUTE_METHOD", "block", "block: the first RECOMPUTE_NUM_LAYERS layers of each stage and chunk; uniform: all, "
+        "in units of so many", state=OURS,
+    )  # fmt: skip
     recompute_num_layers: int | None = var(
         "RECOMPUTE_NUM_LAYERS", BY_RULE, "layers per pipeline stage and chunk to recompute, with RECOMPUTE=1",
-        text="all of them", state=REPAIRED, note="honoured: the guide's training scripts never read it", ge=1, le=MOST,
+        text="all of them; 1 with RECOMPUTE_METHOD=uniform", state=REPAIRED,
+        note="honoured: the guide's training scripts never read it", ge=1, le=MOST,
     )  # fmt: skip
+    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = var(
+        "RECOMPUTE_MODULES", ("core_attn",), "what RECOMPUTE_GRANULARITY=selective recomputes in every layer",
+        text="core_attn", values="some of core_attn, mlp and layernorm", state=OURS, min_length=1,
+    )  # fmt: skip
+    cpu_offloading_num_layers: int = var(
+        "CPU_OFFLOADING_NUM_LAYERS", 0, "layers whose activations wait in host memory for the backward pass; 0 is off",
+        state=OURS, note="with Transformer Engine", ge=0, le=MOST,
+    )  # fmt: skip
+    nan_policy: Literal["warn", "skip", "stop", "rollback"] = var(
+        "NAN_POLICY", "stop", "on a loss or gradient that is not finite: warn, skip the update, stop, or rollback to the last "
+        "checkpoint and go on past the batch", state=OURS,
+    )  # fmt: skip
+    spike_policy: Literal["warn", "skip", "stop", "rollback"] = var(
+        "SPIKE_POLICY", "warn", "on a loss above SPIKE_FACTOR: the same choices", state=OURS
+    )
+    spike_factor: float = var(
+        "SPIKE_FACTOR",
+        0.0,
+        "a loss above so many times the recent median is a spike; 0 is off",
+        state=OURS,
+        ge=0,
+        le=MOST,
+    )
+    deterministic: bool = var(
+        "DETERMINISTIC",
+        False,
+        "the same bits in every repetition, at some speed: deterministic kernels alone",
+        state=OURS,
+    )
 
 
 class Optimizer(Section):
@@ -199,13 +240,31 @@ class Optimizer(Section):
         "LR_WARMUP_ITERS", BY_RULE, "steps of linear warmup", text="0", state=OURS, ge=0, le=MOST
     )
     lr_decay_iters: int = var(
-        "LR_DECAY_ITERS", BY_RULE, "step where the cosine decay ends", text="TOTAL_ITERS", state=OURS, ge=1, le=MOST
+        "LR_DECAY_ITERS", BY_RULE, "step where the decay ends", text="TOTAL_ITERS", state=OURS, ge=1, le=MOST
     )
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = var(
+        "LR_DECAY_STYLE", "cosine", "course of the learning rate after the warmup: cosine, linear, constant, or WSD (stable, "
+        "then decaying)", state=OURS,
+    )  # fmt: skip
+    wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = var(
+        "LR_WSD_DECAY_STYLE", "exponential", "course of WSD's decay", state=OURS
+    )
+    wsd_decay_iters: int | None = var(
+        "LR_WSD_DECAY_ITERS", None, "steps of WSD's decay, the last ones before LR_DECAY_ITERS",
+        text="a tenth of LR_DECAY_ITERS", state=OURS, ge=1, le=MOST,
+    )  # fmt: skip
     weight_decay: float = var("WEIGHT_DECAY", 0.1, "decoupled weight decay", state=OURS, ge=0, le=1)
     adam_beta1: float = var("ADAM_BETA1", 0.9, "Adam's first moment decay", state=OURS, ge=0, lt=1)
     adam_beta2: float = var("ADAM_BETA2", 0.95, "Adam's second moment decay", state=OURS, ge=0, lt=1)
     adam_eps: float = var("ADAM_EPS", 1e-8, "Adam's epsilon", state=OURS, gt=0, lt=1)
     clip_grad: float = var("CLIP_GRAD", 1.0, "clip the gradient's norm to this; 0 is off", state=OURS, ge=0)
+    cpu_offload: bool = var(
+        "OPTIMIZER_CPU_OFFLOAD", False, "keep optimizer state in host memory and update there", state=OURS
+    )
+    offload_fraction: float = var(
+        "OPTIMIZER_OFFLOAD_FRACTION", 1.0, "share of the optimizer state that OPTIMIZER_CPU_OFFLOAD=1 moves", state=OURS,
+        gt=0, le=1,
+    )  # fmt: skip
 
 
 class Data(Section):
@@ -227,6 +286,13 @@ class Data(Section):
         text="what the data was made with; without data none is needed",
     )  # fmt: skip
     eod: int = Field(description="id that ends a document")
+    reset_attention_mask: bool = var(
+        "RESET_ATTENTION_MASK", False, "attention does not cross the end of a document within a sample", state=OURS
+    )
+    reset_position_ids: bool = var(
+        "RESET_POSITION_IDS", False, "positions start anew after the end of a document", state=OURS
+    )
+    eod_mask_loss: bool = var("EOD_MASK_LOSS", False, "leave the tokens that end documents out of the loss", state=OURS)
 
 
 class Checkpoint(Section):

@@ -57,10 +57,11 @@ def _sections(resolution: Resolution) -> Iterator[tuple[str, list[tuple[str, str
 
 def shown(value: Any) -> str:
     """A value as a person would type it."""
+    if isinstance(value, tuple):  # a list, or a data blend: weight prefix weight prefix …
+        parts = [part if isinstance(part, tuple) else (part,) for part in value]
+        return " ".join(shown(one) for part in parts for one in (part[-1:] if len(parts) == 1 else part))
     if isinstance(value, bool):
         return str(int(value))
-    if isinstance(value, tuple):  # a data blend: weight prefix weight prefix …
-        return value[0][1] if len(value) == 1 else " ".join(f"{weight:g} {prefix}" for weight, prefix in value)
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -76,17 +76,23 @@ def lower_bound(run: RunConfig) -> Bound:
 
     BF16 keeps an FP32 master copy beside Adam's two moments (12 bytes a parameter) or SGD's momentum (8), FP32
     has no copy; gradients are kept in the type they are reduced in. The distributed optimizer divides its state by
-    DP·CP. FSDP keeps all in FP32, without a copy, and divides all of it.
+    DP·CP. FSDP keeps all in FP32, without a copy, and divides all of it. Megatron-FSDP divides all of it too, over
+    the processes of one replica. What OPTIMIZER_CPU_OFFLOAD moves to the host is not counted.
     """
     held = parameters_per_process(run)
     share = held / (run.parallel.dp * run.parallel.cp)
-    moments = 8 if run.optimizer.name == "adam" else 4
+    moments: float = 8 if run.optimizer.name == "adam" else 4
     if run.parallel.fsdp:
         return Bound(held, int(4 * share), int(4 * share), int(moments * share))
+    kept: float = held
+    if run.parallel.megatron_fsdp:
+        share *= run.parallel.hsdp_replicas if run.parallel.hsdp else 1
+        kept = share
     full = run.precision.dtype == "fp32"
     weight = 4 if full else 2
     gradient = 2 if run.precision.grad_reduce_in_bf16 else 4
     state = moments if full else moments + 4
-    return Bound(
-        held, weight * held, gradient * held, int(state * (share if run.parallel.distributed_optimizer else held))
-    )
+    if run.optimizer.cpu_offload:
+        state *= 1 - run.optimizer.offload_fraction
+    divided = run.parallel.distributed_optimizer or run.parallel.megatron_fsdp
+    return Bound(held, int(weight * kept), int(gradient * kept), int(state * (share if divided else held)))

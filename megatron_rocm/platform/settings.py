@@ -35,6 +35,10 @@ def on(*, vendor: str | None = None, tier: str | None = None, multi_node: bool |
     return holds
 
 
+def _fully(run: RunConfig) -> bool:
+    return run.parallel.fsdp or run.parallel.megatron_fsdp
+
+
 def _gpu(run: RunConfig, machine: Machine) -> bool:
     return machine.vendor != "cpu"
 
@@ -44,8 +48,8 @@ _SCRIPT = "ROCm/Megatron-LM examples/llama/train_llama3.sh"
 SETTINGS = (
     Setting("OMP_NUM_THREADS", lambda run, machine: str(run.hardware.threads), "cores divided by processes, so that they don't wait for each other", "measured: two busy processes with all cores each are 28 times slower", on()),
     Setting("TOKENIZERS_PARALLELISM", "false", "no threads that a fork would break", _SCRIPT, on()),
-    Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start in order, which TP and CP overlap relies on", "megatron/core/tensor_parallel/layers.py", lambda run, machine: _gpu(run, machine) and not run.parallel.fsdp),
-    Setting("CUDA_DEVICE_MAX_CONNECTIONS", "", "FSDP=1 needs it unset: 1 keeps its communication from overlapping", _SCRIPT, lambda run, machine: _gpu(run, machine) and run.parallel.fsdp, forced=True),
+    Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start in order, which TP and CP overlap relies on", "megatron/core/tensor_parallel/layers.py", lambda run, machine: _gpu(run, machine) and not _fully(run)),
+    Setting("CUDA_DEVICE_MAX_CONNECTIONS", "", "FSDP=1 and MEGATRON_FSDP=1 need it unset: 1 keeps their communication from overlapping", _SCRIPT, lambda run, machine: _gpu(run, machine) and _fully(run), forced=True),
     Setting("CUDA_VISIBLE_DEVICES", "-1", "TARGET=cpu leaves this machine's GPUs alone", "NVIDIA's CUDA runtime", lambda run, machine: machine.hides_gpus, forced=True),
     Setting("HIP_VISIBLE_DEVICES", "-1", "TARGET=cpu leaves this machine's GPUs alone", "AMD's HIP runtime (ROCm/clr)", lambda run, machine: machine.hides_gpus, forced=True),
     Setting("TORCH_NCCL_HIGH_PRIORITY", "1", "communication streams go before compute", _SCRIPT, _gpu),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from megatron_rocm.config import core_fields, schema
 from megatron_rocm.config.presets import GUIDE_SIZE, PRESETS, sizes
 from megatron_rocm.config.request import RunRequest
 from megatron_rocm.config.schema import RunConfig
-from megatron_rocm.data.facts import DataFacts, check_size, describe, parse_blend, parse_split
+from megatron_rocm.data.facts import DataFacts, check_size, describe, parse_blend
 from megatron_rocm.data.hub import is_hub_name
 from megatron_rocm.errors import UsageError
 from megatron_rocm.plan.memory import GIB, lower_bound
 from megatron_rocm.platform.machine import Machine
 from megatron_rocm.platform.settings import environment
-from megatron_rocm.resolve.rules import RULES, Draft, TooFewProcesses
+from megatron_rocm.resolve.defaults import draft_of
+from megatron_rocm.resolve.rules import Draft, TooFewProcesses
 
 VOCAB_MULTIPLE = 128  # Megatron-LM's make_vocab_size_divisible_by, times TP
 MOST_NODES = 4096
@@ -59,7 +59,7 @@ def resolve(
     facts = _data(request, dry_run, describe)
     size = _size(request, machine, facts)
     try:
-        draft = _draft(request, machine, size, facts, None)
+        draft = draft_of(request, machine, size, facts, None)
     except TooFewProcesses as error:
         nodes = nodes_needed(request, machine, size, facts)
         raise UsageError(f"{error}. {_on_nodes(request, nodes)}" if nodes else str(error)) from None
@@ -109,7 +109,7 @@ def _size(request: RunRequest, machine: Machine, facts: DataFacts | None) -> str
     published = [size for size in sizes(family) if size.isdigit() and int(size) <= int(GUIDE_SIZE)]
     for size in sorted(published, key=int, reverse=True):
         try:
-            draft = _draft(request, machine, size, facts, None)
+            draft = draft_of(request, machine, size, facts, None)
         except UsageError:
             continue
         if _fits(_config(draft, request, facts, datetime.datetime.now()), machine):
@@ -117,160 +117,9 @@ def _size(request: RunRequest, machine: Machine, facts: DataFacts | None) -> str
     return sorted(published, key=int)[-1]  # whose message says what stands in the way
 
 
-def _draft(request: RunRequest, machine: Machine, size: str, facts: DataFacts | None, nnodes: int | None) -> Draft:
-    """The draft of a request with every value filled in and every rule checked."""
-    preset = PRESETS[request.family, size]
-    draft = Draft(preset, machine)
-    for name, said in request.said.items():
-        draft.set(name, said.value, said.origin)
-    if nnodes:
-        draft.set("NNODES", nnodes, "rule")
-        draft.set("NODE_RANK", 0, "rule")
-    draft.set("MODEL_SIZE", size, draft.origins.get("MODEL_SIZE", "default"))
-    if draft.origins["MODEL_SIZE"] == "default":
-        what = "no GPU here" if machine.vendor == "cpu" else f"{len(machine.gpus)} × {machine.name}"
-        draft.notes.append(f"MODEL_SIZE is not set: {preset.title} is trained ({what})")
-    _layout_defaults(draft, request.family)
-    _batch_defaults(draft, request.family)
-    _other_defaults(draft, request)
-    for variable in schema.variables():
-        if variable.default is not schema.BY_RULE:
-            draft.default(variable.name, variable.default)
-    _adjust(draft)
-    for rule in RULES:
-        rule.check(draft)
-    return draft
-
-
-def _layout_defaults(draft: Draft, family: str) -> None:
-    preset, machine = draft.preset, draft.machine
-    for name in ("FSDP", "NNODES", "CP", "VPP"):
-        draft.default(name, {"FSDP": False}.get(name, 1))
-    if draft["FSDP"]:
-        draft.adjust("TP", 1, "FSDP=1 shards over all processes")
-        draft.adjust("SEQ_PARALLEL", False, "FSDP=1 has no tensor parallel group to split the sequence over")
-    for name, value in preset.defaults.items():
-        if name == "PP" and draft["FSDP"] or name == "PRECISION" and machine.vendor != "cpu":
-            continue
-        draft.default(name, value, f"preset {preset.title}")
-    draft.default("PP", 1)
-    if machine.vendor == "cpu":
-        draft.default("TP", 1)
-        draft.default("GPUS_PER_NODE", draft.model_parallel)
-    draft.default("GPUS_PER_NODE", max(1, len(machine.gpus)))
-    draft.default("TP", _largest_tp(draft))
-
-
-def _largest_tp(draft: Draft) -> int:
-    """The guide's 8, or less where the GPUs of a node or the model's heads are fewer."""
-    heads, groups, gpus = draft.preset.num_attention_heads, draft.preset.num_query_groups, draft["GPUS_PER_NODE"]
-    for tp in (8, 4, 2):
-        whole = draft.world % (tp * draft["PP"] * draft["CP"]) == 0
-        if gpus % tp == 0 and heads % tp == 0 and groups % tp == 0 and whole:
-            return tp
-    return 1
-
-
-def _batch_defaults(draft: Draft, family: str) -> None:
-    draft.default("MBS", 1)
-    if "BS" not in draft:
-        unit = draft["MBS"] * max(1, draft.dp) * draft["PP"]
-        batch = -(-8 // unit) * unit
-        draft.set("BS", batch, "default" if batch == 8 else f"rule: a multiple of MBS·DP·PP = {unit}")
-    draft.default("SEQ_LENGTH", 4096 if family == "llama2" else 2048)
-    draft.default("TOTAL_ITERS", 12)
-
-
-def _other_defaults(draft: Draft, request: RunRequest) -> None:
-    draft.default("SEQ_PARALLEL", True)
-    draft.default("PRECISION", "bf16")
-    draft.default("ROPE_SCALING", draft.preset.rope_scaling_factor is not None)
-    draft.default("USE_FLASH_ATTN", request.family == "llama2")
-    draft.default("LR", 1e-4)
-    draft.default("MIN_LR", draft["LR"] / 10)
-    draft.default("LR_WARMUP_ITERS", 0)
-    draft.default("LR_DECAY_ITERS", max(draft["TOTAL_ITERS"], draft["LR_WARMUP_ITERS"] + 1))
-    draft.default("OPTIMIZER", "adam")
-    draft.default("MASTER_PORT", 6020 if request.family == "llama2" else 6000)
-    draft.default("SPLIT", "99,1,0")
-    draft.set("SPLIT_SHARES", parse_split(draft["SPLIT"]), "rule")
-    draft.set("WANDB", "WANDB_API_KEY" in request.said, "rule")
-    parallel = draft.world > draft.model_parallel
-    sharded = draft["OPTIMIZER"] == "adam" and not draft["FSDP"]
-    draft.default("OVERLAP_GRAD_REDUCE", parallel and not draft["FSDP"])
-    draft.default("OVERLAP_PARAM_GATHER", parallel and sharded and draft["OVERLAP_GRAD_REDUCE"])
-    draft.default("RECOMPUTE", False)
-    draft.default("RECOMPUTE_NUM_LAYERS", None)
-
-
-def _adjust(draft: Draft) -> None:
-    """What follows from other choices, as in the guide; a said value that changes gets a line."""
-    preset = draft.preset
-    if draft["TP"] == 1 and draft["SEQ_PARALLEL"]:
-        draft.set("SEQ_PARALLEL", False, "rule")  # the guide's default where nothing is split: no line
-    if draft["ROPE_SCALING"] and preset.rope_scaling_factor is None:
-        draft.adjust("ROPE_SCALING", False, f"{preset.title} has none")
-    if draft["PRECISION"] == "fp32" and draft["GRAD_REDUCE_IN_BF16"]:
-        draft.adjust("GRAD_REDUCE_IN_BF16", False, "PRECISION=fp32 keeps FP32 gradients")
-    if draft["FSDP"]:
-        for name in ("OVERLAP_GRAD_REDUCE", "OVERLAP_PARAM_GATHER", "GRADIENT_ACCUMULATION_FUSION"):
-            draft.adjust(name, False, "FSDP=1 has its own way")
-    if draft.machine.tier == "torch":
-        for name in ("ROPE_FUSION", "FUSED_SINGLE_QKV_ROPE", "GRADIENT_ACCUMULATION_FUSION"):
-            draft.adjust(name, False, "a kernel of Transformer Engine's, which is not used here")
-        draft.adjust("CROSS_ENTROPY_FUSION_IMPL", "native", "Transformer Engine is not used here")
-    else:
-        _adjust_to_libraries(draft)
-    if draft["CROSS_ENTROPY_LOSS_FUSION"] and (draft.machine.vendor == "cpu" or draft["PRECISION"] == "fp32"):
-        why = (
-            "no GPU to fuse kernels on"
-            if draft.machine.vendor == "cpu"
-            else "the fused kernel rounds gradients to BF16"
-        )
-        draft.adjust("CROSS_ENTROPY_LOSS_FUSION", False, why)
-    if not draft["ROPE_FUSION"]:
-        draft.adjust("FUSED_SINGLE_QKV_ROPE", False, "ROPE_FUSION=0")
-    if draft["SEQ_LENGTH"] > preset.max_position_embeddings:
-        longest = preset.max_position_embeddings
-        draft.notes.append(f"SEQ_LENGTH={draft['SEQ_LENGTH']} is longer than {preset.title}'s {longest} positions")
-    chunks = draft.layers(draft.layers(False) is None)
-    most = max(max(stage) for stage in chunks) if chunks else preset.num_layers
-    if not draft["RECOMPUTE"]:
-        if draft["RECOMPUTE_NUM_LAYERS"]:
-            draft.adjust("RECOMPUTE_NUM_LAYERS", None, "RECOMPUTE=0")
-    elif draft["RECOMPUTE_NUM_LAYERS"] is None:
-        draft.set("RECOMPUTE_NUM_LAYERS", most, "default")
-    elif draft["RECOMPUTE_NUM_LAYERS"] > most:
-        draft.adjust("RECOMPUTE_NUM_LAYERS", most, "the layers a process holds")
-    if draft["NNODES"] > 1 and draft["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
-        draft.notes.append(
-            f"MASTER_ADDR={draft['MASTER_ADDR']} reaches this machine only: other hosts need node 0's address"
-        )
-    if "SAVE_CKPT_PATH" not in draft.origins or not draft["SAVE_CKPT_PATH"]:
-        draft.notes.append("SAVE_CKPT_PATH is not set: nothing is saved")
-
-
-# A switch that Transformer Engine's tier has by default → the package it needs besides.
-LIBRARIES = {"GRADIENT_ACCUMULATION_FUSION": "fused_weight_gradient_mlp_cuda", "USE_FLASH_ATTN": "flash_attn"}
-
-
-def _adjust_to_libraries(draft: Draft) -> None:
-    """Turn off what this machine lacks a package for; asked for by name, it is an error."""
-    if draft["PRECISION"] == "fp32":
-        draft.adjust("USE_FLASH_ATTN", False, "flash attention's kernels are for 16 bits")
-    for name, package in LIBRARIES.items():
-        if not draft[name] or not draft.machine.is_here or importlib.util.find_spec(package):
-            continue
-        if draft.origins[name] not in ("default", "rule"):
-            raise UsageError(f"{name}=1 needs the Python package {package}, which is not installed: set {name}=0")
-        draft.set(name, False, "rule")
-        draft.notes.append(f"{name} is off: the Python package {package} is not installed")
-
-
 def _config(draft: Draft, request: RunRequest, facts: DataFacts | None, now: datetime.datetime) -> RunConfig:
     """The frozen configuration of a checked draft."""
     preset, machine, family = draft.preset, draft.machine, request.family
-    sharded = draft["OPTIMIZER"] == "adam" and not draft["FSDP"]
     vocab = facts.vocab_size if facts else preset.vocab_size
     unit = VOCAB_MULTIPLE * draft["TP"]
     blend = parse_blend(draft["DATA_PATH"]) if draft["DATA_PATH"] else None
@@ -288,7 +137,6 @@ def _config(draft: Draft, request: RunRequest, facts: DataFacts | None, now: dat
         "parallel": {
             "world_size": draft.world,
             "dp": draft.dp,
-            "distributed_optimizer": sharded,
             "count_embedding_and_loss": draft.layers(False) is None,
         },
         "training": {"num_micro_batches": draft.micro_batches},
@@ -389,7 +237,7 @@ def nodes_needed(request: RunRequest, machine: Machine, size: str, facts: DataFa
     nodes = 1
     while nodes <= MOST_NODES:
         try:
-            draft = _draft(request, machine, size, facts, nodes)
+            draft = draft_of(request, machine, size, facts, nodes)
         except UsageError:
             nodes += 1 if nodes < 64 else 64
             continue

@@ -71,6 +71,9 @@ class Draft:
 
 
 def shown(value: Any) -> str:
+    """A value as a person would type it."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
@@ -142,6 +145,17 @@ def _batch(draft: Draft) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _ramp(draft: Draft) -> dict[str, Any]:
+    first, increment, samples = draft["RAMPUP_BATCH_SIZE"]
+    way = draft["BS"] - first
+    ends = first > 0 and increment > 0 and samples >= 0 and way >= 0 and way % increment == 0
+    unit = _batch(draft)["unit"]
+    return {
+        "first": first, "increment": increment, "samples": samples, "ends": ends, "unit": unit, "dp": draft.dp,
+        "divides": first % unit == 0 and increment % unit == 0,
+    }  # fmt: skip
+
+
 def _sequence(draft: Draft) -> dict[str, Any]:
     unit = sequence_unit(draft)
     return {"unit": unit, "choice": -(-draft["SEQ_LENGTH"] // unit) * unit}
@@ -159,13 +173,20 @@ def _gpus(draft: Draft) -> dict[str, Any]:
 
 # In the order they are checked: what a single variable may be comes before what two must agree on.
 RULES = (
-    Rule(("PRECISION",), lambda d: d["PRECISION"] == "fp16", never,
-         "PRECISION=fp16: loss scaling is not in this version; use PRECISION=bf16 or PRECISION=fp32"),
     Rule(("NODE_RANK", "NNODES"), always, lambda d: d["NODE_RANK"] < d["NNODES"],
          "NODE_RANK={NODE_RANK}: nodes are numbered from 0, so it must be below NNODES={NNODES}"),
     Rule(("GPUS_PER_NODE",), lambda d: d.machine.vendor != "cpu", lambda d: d["GPUS_PER_NODE"] <= len(d.machine.gpus),
          "GPUS_PER_NODE={GPUS_PER_NODE}: this node has {have} GPUs that a process can see ({machine}); "
          "set GPUS_PER_NODE={have} or widen the visible-devices mask", _gpus),
+    Rule(("FSDP", "MEGATRON_FSDP"), lambda d: d["FSDP"], lambda d: not d["MEGATRON_FSDP"],
+         "FSDP=1 with MEGATRON_FSDP=1: the one is PyTorch's, the other Megatron's; take one of them away"),
+    Rule(("ENABLE_HSDP", "MEGATRON_FSDP"), lambda d: d["ENABLE_HSDP"], lambda d: d["MEGATRON_FSDP"],
+         "ENABLE_HSDP=1 needs MEGATRON_FSDP=1: PyTorch's FSDP-v2 has no replicas in megatron-core"),
+    Rule(("FSDP", "PRECISION"), lambda d: d["FSDP"], lambda d: d["PRECISION"] != "fp16",
+         "PRECISION=fp16 with FSDP=1: megatron-core looks for overflows in gradients that FSDP-v2 keeps elsewhere, and would "
+         "miss them; set PRECISION=bf16, or FSDP=0"),
+    Rule(("MEGATRON_FSDP", "PRECISION"), lambda d: d["MEGATRON_FSDP"], lambda d: d["PRECISION"] != "fp16",
+         "PRECISION=fp16 with MEGATRON_FSDP=1: loss scaling is not proven there; set PRECISION=bf16, or MEGATRON_FSDP=0"),
     Rule(("FSDP", "PP"), lambda d: d["FSDP"], lambda d: d["PP"] == 1,
          "PP={PP} with FSDP=1: FSDP shards over the whole node group what PP has already cut; set PP=1 or FSDP=0"),
     Rule(("FSDP", "CP"), lambda d: d["FSDP"], lambda d: d["CP"] == 1,
@@ -188,6 +209,9 @@ RULES = (
     Rule(("NNODES", "GPUS_PER_NODE", "TP", "PP", "CP"), always, lambda d: d.world % d.model_parallel == 0,
          "TP={TP}·PP={PP}·CP={CP} = {mp} does not divide the {world} processes of NNODES={NNODES} × "
          "GPUS_PER_NODE={GPUS_PER_NODE}: change TP, PP or CP, or the number of processes", _parallel),
+    Rule(("HSDP_NUM_REPLICAS", "ENABLE_HSDP"), lambda d: d["ENABLE_HSDP"], lambda d: d.dp * d["CP"] % d["HSDP_NUM_REPLICAS"] == 0,
+         "HSDP_NUM_REPLICAS={HSDP_NUM_REPLICAS} does not divide the {dp} data parallel processes; set one of {choices}, or "
+         "ENABLE_HSDP=0", lambda d: {"dp": d.dp * d["CP"], "choices": ", ".join(map(str, list(_divisors(d.dp * d["CP"]))[1:]) ) or "none"}),
     Rule(("BS", "MBS"), always, lambda d: d["BS"] % (d["MBS"] * d.dp) == 0,
          "BS={BS} is not a multiple of MBS={MBS} × DP={dp} = {unit}: set {choices}", _batch),
     Rule(("BS", "VPP", "PP"), lambda d: d["VPP"] > 1, lambda d: d.micro_batches % d["PP"] == 0,
@@ -196,10 +220,43 @@ RULES = (
     Rule(("SEQ_LENGTH", "TP", "CP"), always, lambda d: d["SEQ_LENGTH"] % sequence_unit(d) == 0,
          "SEQ_LENGTH={SEQ_LENGTH} can't be cut by TP={TP} (SEQ_PARALLEL={SEQ_PARALLEL}) and CP={CP}: "
          "set a multiple of {unit}, such as {choice}", _sequence),
+    Rule(("USE_DISTRIBUTED_OPTIMIZER", "OPTIMIZER"), lambda d: d["USE_DISTRIBUTED_OPTIMIZER"], lambda d: d["OPTIMIZER"] == "adam",
+         "USE_DISTRIBUTED_OPTIMIZER=1 with OPTIMIZER={OPTIMIZER}: megatron-core shards the state of adam alone; "
+         "set USE_DISTRIBUTED_OPTIMIZER=0"),
     Rule(("OVERLAP_PARAM_GATHER",), lambda d: d["OVERLAP_PARAM_GATHER"],
-         lambda d: d["OPTIMIZER"] == "adam" and not d["FSDP"] and d["OVERLAP_GRAD_REDUCE"],
-         "OVERLAP_PARAM_GATHER=1 needs the distributed optimizer (OPTIMIZER=adam, FSDP=0) and OVERLAP_GRAD_REDUCE=1: "
-         "set OVERLAP_PARAM_GATHER=0"),
+         lambda d: d["USE_DISTRIBUTED_OPTIMIZER"] and d["OVERLAP_GRAD_REDUCE"],
+         "OVERLAP_PARAM_GATHER=1 needs USE_DISTRIBUTED_OPTIMIZER=1 and OVERLAP_GRAD_REDUCE=1: set OVERLAP_PARAM_GATHER=0"),
+    Rule(("RAMPUP_BATCH_SIZE", "BS"), lambda d: d["RAMPUP_BATCH_SIZE"], lambda d: _ramp(d)["ends"],
+         "RAMPUP_BATCH_SIZE={RAMPUP_BATCH_SIZE}: from {first} by steps of {increment} no batch becomes BS={BS} over {samples} "
+         "samples; start and increment must be above 0, BS - start a multiple of increment and samples 0 or more", lambda d: _ramp(d)),
+    Rule(("RAMPUP_BATCH_SIZE", "MBS"), lambda d: d["RAMPUP_BATCH_SIZE"], lambda d: _ramp(d)["divides"],
+         "RAMPUP_BATCH_SIZE={RAMPUP_BATCH_SIZE}: every batch on the way, from {first} by steps of {increment}, must be a "
+         "multiple of MBS={MBS} × DP={dp} (and of PP with VPP) = {unit}", lambda d: _ramp(d)),
+    Rule(("LR_WSD_DECAY_ITERS", "LR_DECAY_ITERS"), lambda d: d["LR_DECAY_STYLE"] == "WSD",
+         lambda d: (d["LR_WSD_DECAY_ITERS"] or 0) <= d["LR_DECAY_ITERS"] - d["LR_WARMUP_ITERS"],
+         "LR_WSD_DECAY_ITERS={LR_WSD_DECAY_ITERS} must fit between LR_WARMUP_ITERS={LR_WARMUP_ITERS} and "
+         "LR_DECAY_ITERS={LR_DECAY_ITERS}"),
+    Rule(("NAN_POLICY", "SPIKE_POLICY", "SAVE_CKPT_PATH"), lambda d: "rollback" in (d["NAN_POLICY"], d["SPIKE_POLICY"]),
+         lambda d: bool(d["SAVE_CKPT_PATH"]),
+         "NAN_POLICY={NAN_POLICY}, SPIKE_POLICY={SPIKE_POLICY}: a rollback goes to this run's last checkpoint; set SAVE_CKPT_PATH"),
+    Rule(("SPIKE_FACTOR",), lambda d: d["SPIKE_FACTOR"] > 0, lambda d: d["SPIKE_FACTOR"] > 1,
+         "SPIKE_FACTOR={SPIKE_FACTOR}: a spike is a loss above so many times the recent median; give more than 1, or 0 for off"),
+    Rule(("RESET_POSITION_IDS", "RESET_ATTENTION_MASK"), lambda d: d["RESET_POSITION_IDS"], lambda d: d["RESET_ATTENTION_MASK"],
+         "RESET_POSITION_IDS=1 needs RESET_ATTENTION_MASK=1: attention across documents whose positions start anew would take "
+         "tokens of one for those of the other"),
+    Rule(("OPTIMIZER_CPU_OFFLOAD",), lambda d: d["OPTIMIZER_CPU_OFFLOAD"], lambda d: d.machine.vendor != "cpu",
+         "OPTIMIZER_CPU_OFFLOAD=1: optimizer state is in host memory already on a CPU; set OPTIMIZER_CPU_OFFLOAD=0"),
+    Rule(("CPU_OFFLOADING_NUM_LAYERS",), lambda d: d["CPU_OFFLOADING_NUM_LAYERS"], lambda d: d.machine.tier == "te",
+         "CPU_OFFLOADING_NUM_LAYERS={CPU_OFFLOADING_NUM_LAYERS}: activations are offloaded by Transformer Engine, which is not "
+         "used here; set CPU_OFFLOADING_NUM_LAYERS=0, RECOMPUTE=1 saves memory too"),
+    Rule(("CPU_OFFLOADING_NUM_LAYERS", "PP", "RECOMPUTE"), lambda d: d["CPU_OFFLOADING_NUM_LAYERS"],
+         lambda d: d["PP"] == 1 and not d["RECOMPUTE"],
+         "CPU_OFFLOADING_NUM_LAYERS={CPU_OFFLOADING_NUM_LAYERS} with PP={PP} and RECOMPUTE={RECOMPUTE}: megatron-core offloads "
+         "activations with neither pipeline stages nor recomputation; set PP=1 and RECOMPUTE=0, or CPU_OFFLOADING_NUM_LAYERS=0"),
+    Rule(("CPU_OFFLOADING_NUM_LAYERS", "MODEL_SIZE"), lambda d: d["CPU_OFFLOADING_NUM_LAYERS"],
+         lambda d: d["CPU_OFFLOADING_NUM_LAYERS"] < d.preset.num_layers,
+         "CPU_OFFLOADING_NUM_LAYERS={CPU_OFFLOADING_NUM_LAYERS}: must be below the model's {layers} layers",
+         lambda d: {"layers": d.preset.num_layers}),
     Rule(("LR_WARMUP_ITERS", "LR_DECAY_ITERS"), always, lambda d: d["LR_WARMUP_ITERS"] < d["LR_DECAY_ITERS"],
          "LR_WARMUP_ITERS={LR_WARMUP_ITERS} must be below LR_DECAY_ITERS={LR_DECAY_ITERS}"),
     Rule(("MIN_LR", "LR"), always, lambda d: d["MIN_LR"] <= d["LR"],

@@ -21,7 +21,7 @@ from megatron_rocm.errors import UsageError
         ("core.transformer.layernorm_zero_centered_gamma", "0", False),
         ("core.transformer.softmax_scale", "0.5", 0.5),
         ("core.transformer.tp_comm_overlap", "1", True),
-        ("core.optimizer.loss_scale", "128", 128.0),
+        ("core.optimizer.decoupled_lr", "0.5", 0.5),
         ("core.ddp.bucket_size", "1000", 1000),
         ("core.ddp.bucket_size", "None", None),
     ],

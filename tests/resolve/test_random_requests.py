@@ -31,6 +31,17 @@ SENSIBLE = {
     "MIN_LR": st.floats(0, 1e-3).map(str),
     "SEQ_LENGTH": st.sampled_from(["256", "512", "2048", "8192", "131072", "255", "1"]),
 }
+SENSIBLE |= {
+    "RECOMPUTE_GRANULARITY": st.sampled_from(["full", "selective"]),
+    "RECOMPUTE_METHOD": st.sampled_from(["block", "uniform"]),
+    "RECOMPUTE_MODULES": st.sampled_from(["core_attn", "core_attn,mlp", "mlp layernorm", "layernorm"]),
+    "RAMPUP_BATCH_SIZE": st.sampled_from(["8 8 100", "16,16,1000", "1 1 0"]),
+    "LR_DECAY_STYLE": st.sampled_from(["cosine", "linear", "constant", "WSD"]),
+    "LR_WSD_DECAY_STYLE": st.sampled_from(["exponential", "linear", "cosine", "minus_sqrt"]),
+    "NAN_POLICY": st.sampled_from(["warn", "skip", "stop", "rollback"]),
+    "SPIKE_POLICY": st.sampled_from(["warn", "skip", "stop", "rollback"]),
+    "OPTIMIZER_OFFLOAD_FRACTION": st.sampled_from(["0.5", "1"]),
+}
 SENSIBLE |= {other.name: st.sampled_from(other.passes or ("1", "2")) for other in OTHERS if other.name != "TARGET"}
 SENSIBLE |= {
     name: st.sampled_from(["8", "16", "32", "64", "128", "24"]) for name in ("BS", "TOTAL_ITERS", "LR_DECAY_ITERS")
