@@ -14,6 +14,7 @@ from megatron_rocm.errors import UsageError
 # Sub-command → (module that has `main(arguments) -> int`, what it does). Imported when asked for: help is instant.
 COMMANDS = {
     "train": ("megatron_rocm.launch.train", "train Llama: --family llama2|llama3 [KEY=VALUE …] [FILE.yaml …]"),
+    "parity": ("megatron_rocm.parity.command", "compare all layouts that this machine allows: [KEY=VALUE …]"),
     "prepare": ("megatron_rocm.data.prepare", "make a data set from text: [KEY=VALUE …]"),
     "convert": ("megatron_rocm.checkpoint.convert", "write a checkpoint in another format"),
     "demo": ("megatron_rocm.demo", "data, training, export and a few generated lines, on any machine"),

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_rocm.cli import main
 from megatron_rocm.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +122,7 @@ def train_all(*runs: RunConfig) -> None:
         Path(run.launch.log_dir).mkdir(parents=True, exist_ok=True)
         run.save(Path(run.launch.log_dir) / "run.json")
     files = [str(Path(run.launch.log_dir) / "run.json") for run in runs]
-    torchrun(runs[0], str(ROOT / "tests" / "several.py"), *files, timeout=180)
+    torchrun(runs[0], str(ROOT / "tests" / "several.py"), *files, timeout=500)
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -139,3 +140,10 @@ def metrics(run: RunConfig) -> list[dict[str, Any]]:
 def losses(run: RunConfig) -> list[float]:
     """The loss of each iteration, in the order of metrics.jsonl."""
     return [row["lm_loss"] for row in metrics(run) if "lm_loss" in row]
+
+
+def parity(folder: Path, *words: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """`megatron-rocm parity` with these words: its exit status, and by layout what it leaves in `folder`."""
+    status = main(["parity", f"LOG_DIR={folder}", *words])
+    rows = json.loads((folder / "parity.json").read_text())["layouts"]
+    return status, {row["layout"]: row for row in rows}

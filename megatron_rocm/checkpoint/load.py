@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,11 +11,10 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from megatron_rocm.checkpoint.folder import TRACKER, find
-from megatron_rocm.checkpoint.state import RNG, State, restore, sharded
+from megatron_rocm.checkpoint.state import RNG, SHARDS, State, restore, sharded
 from megatron_rocm.checkpoint.unpickle import read_metadata
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
-from megatron_rocm.train import adam_state
 
 # What of the model may differ from the checkpoint: names, and what only the layout decides.
 MODEL_MAY_DIFFER = {"size", "title", "padded_vocab_size", "max_position_embeddings", "init_std"}
@@ -32,14 +31,14 @@ def resume(run: RunConfig, state: State) -> Path | None:
     path = _find_together(run)
     if path is None:
         return None
-    read_metadata(path)  # refuses a pickle that calls code, before megatron-core unpickles it
+    stored = read_metadata(path).state_dict_metadata  # refuses a pickle that calls code, before megatron-core reads it
     common = _read(path, lambda: dist_checkpointing.load_common_state_dict(str(path)))
     saved = common.get("run")
     if not isinstance(saved, dict):
         raise UsageError(f"{path} was not written by megatron-rocm: it does not hold the run's configuration")
     check(run, saved, path)
     same_layout = all(saved["parallel"][size] == getattr(run.parallel, size) for size in LAYOUT)
-    _read(path, lambda: _load(path, state, with_rng=same_layout))
+    _read(path, lambda: _load(path, state, stored, with_rng=same_layout))
     return path
 
 
@@ -69,7 +68,6 @@ def check(run: RunConfig, saved: dict[str, Any], path: Path) -> None:
         ("model", [name for name in saved["model"] if name not in MODEL_MAY_DIFFER]),
         ("precision", ["dtype"]),
         ("optimizer", ["name"]),
-        ("parallel", ["distributed_optimizer", "fsdp"]),
     ):
         wrong = [name for name in names if saved[section][name] != now[section][name]]
         if wrong:
@@ -80,12 +78,14 @@ def check(run: RunConfig, saved: dict[str, Any], path: Path) -> None:
             )
 
 
-def _load(path: Path, state: State, *, with_rng: bool) -> None:
-    with adam_state.loading(state.optimizer):
-        wanted = sharded(state, loading=True)
-        if not with_rng:
-            del wanted[RNG]
-        restore(state, dist_checkpointing.load(wanted, str(path)))
+def _load(path: Path, state: State, stored: Collection[str], *, with_rng: bool) -> None:
+    wanted = sharded(state, stored)
+    if not with_rng:
+        del wanted[RNG]
+    # By themselves: a weight of FSDP's is read twice where it is both weight and master copy here.
+    in_place = {SHARDS: wanted.pop(SHARDS)}
+    dist_checkpointing.load(in_place, str(path))
+    restore(state, dist_checkpointing.load(wanted, str(path)))
 
 
 def _read(path: Path, action: Callable[[], T]) -> T:

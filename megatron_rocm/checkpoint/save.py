@@ -21,7 +21,6 @@ from megatron_rocm.checkpoint.state import State, metadata, sharded
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
 from megatron_rocm.platform.disk import sync_folder
-from megatron_rocm.train import adam_state
 
 
 class InProcess(torch_dist.TorchDistSaveShardedStrategy):
@@ -49,6 +48,11 @@ def prepare(run: RunConfig) -> None:
     Raises UsageError, on every rank, where it can't be written or is not the same folder on all nodes: each node would
     keep its own part of every checkpoint.
     """
+    if run.core.optimizer.get("use_precision_aware_optimizer"):
+        raise UsageError(
+            "core.optimizer.use_precision_aware_optimizer=True: its moments of low precision can't be saved; "
+            "leave it out, or don't set SAVE_CKPT_PATH"
+        )
     root = Path(run.checkpoint.save or "")
     probe, fault = root / f".shared-{os.urandom(4).hex()}", ""
     if dist.get_rank() == 0:
@@ -86,7 +90,6 @@ def save(run: RunConfig, state: State) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        adam_state.initialize(state.optimizer)
         with state.whole_parameters():
             content = sharded(state)
             content["run"] = run.model_dump(mode="json", exclude={"launch"})

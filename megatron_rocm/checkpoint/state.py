@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_rocm.checkpoint import fsdp
+from megatron_rocm.checkpoint import shards
 from megatron_rocm.model.build import core
 from megatron_rocm.model.fsdp import FullySharded
+from megatron_rocm.model.megatron_fsdp import MegatronFullySharded
+from megatron_rocm.train import adam_state
 
 RNG = "rng_state"
-FSDP = "fully_sharded"
+SHARDS = "shards"
+SCALERS = "grad_scalers"
 
 
 @dataclass
@@ -33,6 +36,7 @@ class State:
     scheduler: OptimizerParamScheduler
     iteration: int = 0
     consumed_samples: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # that the next one is judged by
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
@@ -50,7 +54,7 @@ class State:
 
 
 def metadata() -> dict[str, Any]:
-    """How megatron-core shards the optimizer in the checkpoint: in a way that any layout can read."""
+    """What megatron-core is told of the format; `fully_reshardable` is its name of our optimizer tensors' keys."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
@@ -59,46 +63,85 @@ def metadata() -> dict[str, Any]:
     }
 
 
-def sharded(state: State, *, loading: bool = False) -> dict[str, Any]:
-    """The state dict of megatron-core's dist_checkpointing, with Megatron-LM's keys. Values are this rank's shards."""
-    how = metadata()
-    common = {
+def sharded(state: State, stored: Collection[str] | None = None) -> dict[str, Any]:
+    """The state dict of megatron-core's dist_checkpointing, with Megatron-LM's keys. Values are this rank's shards.
+
+    `stored` are the keys of the checkpoint that it is to be loaded from; None to save. The optimizer gets its state
+    where it has none yet.
+    """
+    adam_state.initialize(state.optimizer)
+    weights = _weights(state)
+    if stored is not None:
+        weights = {name: _as_stored(content, stored) for name, content in weights.items()}
+    return {
         "checkpoint_version": 3.0,
         "iteration": state.iteration,
         "consumed_train_samples": state.consumed_samples,
+        "recent_losses": state.recent_losses,
         "opt_param_scheduler": state.scheduler.state_dict(),
+        "optimizer": _counters(state.optimizer),
         RNG: rng_state(),
+        SHARDS: shards.sharded(shards.held(state.model, state.optimizer, weights), stored),
+        **weights,
     }
-    if isinstance(state.model[0], FullySharded):
-        return {
-            **common,
-            "optimizer": {"step": fsdp.steps(state.optimizer)},
-            FSDP: fsdp.sharded(state.model[0], state.optimizer),
-        }
-    models = {
-        name: core(chunk).sharded_state_dict(metadata=how)
-        for name, chunk in zip(_model_keys(state), state.model, strict=True)
-    }
-    optimizer = state.optimizer.sharded_state_dict(models, is_loading=loading, metadata=how)
-    return {**common, "optimizer": optimizer, **models}
 
 
 def restore(state: State, loaded: dict[str, Any]) -> None:
-    """Take over what dist_checkpointing has loaded for `sharded(state, loading=True)`."""
-    if isinstance(state.model[0], FullySharded):
-        fsdp.load(state.model[0], state.optimizer, loaded[FSDP], loaded["optimizer"]["step"])
-    else:
-        for name, chunk in zip(_model_keys(state), state.model, strict=True):
-            core(chunk).load_state_dict(loaded[name])
-        state.optimizer.load_state_dict(loaded["optimizer"])
+    """Take over what dist_checkpointing has loaded for `sharded(state, stored)`; the shards are in place already."""
+    for name, chunk in zip(_weights_of(state), state.model, strict=False):
+        core(chunk).load_state_dict(loaded[name])
+    shards.loaded(state.optimizer)
+    for chunk in state.model:
+        if isinstance(chunk, MegatronFullySharded):
+            chunk.take_over_weights()
+    adam_state.set_steps(state.optimizer, adam_state.steps_in(loaded["optimizer"]))
+    for part, scaler in zip(_scaled(state.optimizer), loaded["optimizer"].get(SCALERS, ()), strict=False):
+        part.grad_scaler.load_state_dict(scaler)
+    state.scheduler.num_steps = 0  # loading adds the checkpoint's
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_train_samples"]
+    state.recent_losses = loaded.get("recent_losses", [])
     if RNG in loaded:
         set_rng_state(loaded[RNG])
 
 
-def _model_keys(state: State) -> list[str]:
+def _weights(state: State) -> dict[str, Any]:
+    """The model chunks' own sharded state dicts; of FSDP, whose weights checkpoint/shards.py has, none."""
+    how = metadata()
+    return {
+        name: core(chunk).sharded_state_dict(metadata=how)
+        for name, chunk in zip(_weights_of(state), state.model, strict=False)
+    }
+
+
+def _as_stored(weights: dict[str, Any], stored: Collection[str]) -> dict[str, Any]:
+    """Transformer Engine's own objects as they are, where the checkpoint has none of them: FSDP does not save them."""
+    return {
+        name: LocalNonpersistentObject(entry.data)
+        if isinstance(entry, ShardedObject) and entry.unique_key not in stored
+        else entry
+        for name, entry in weights.items()
+    }
+
+
+def _counters(optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """What of the optimizer is one for all parameters."""
+    return {
+        "step": adam_state.steps(optimizer),
+        SCALERS: [part.grad_scaler.state_dict() for part in _scaled(optimizer)],
+    }
+
+
+def _scaled(optimizer: MegatronOptimizer) -> list[Any]:
+    """The parts that scale the loss: all or none."""
+    return [part for part in adam_state.parts(optimizer) if getattr(part, "grad_scaler", None)]
+
+
+def _weights_of(state: State) -> list[str]:
+    """What the model chunks are called in the state dict."""
+    if isinstance(state.model[0], (FullySharded, MegatronFullySharded)):
+        return []
     return ["model"] if len(state.model) == 1 else [f"model{number}" for number in range(len(state.model))]
 
 

@@ -62,6 +62,7 @@ OURS = {
         "grad_reduce_in_fp32": "GRAD_REDUCE_IN_BF16", "overlap_grad_reduce": "OVERLAP_GRAD_REDUCE",
         "overlap_param_gather": "OVERLAP_PARAM_GATHER", "use_distributed_optimizer": "USE_DISTRIBUTED_OPTIMIZER",
         "use_megatron_fsdp": "MEGATRON_FSDP", "num_distributed_optimizer_instances": "HSDP_NUM_REPLICAS",
+        "data_parallel_sharding_strategy": "MEGATRON_FSDP",
         "check_for_nan_in_grad": "", "average_in_collective": "",
     },
 }  # fmt: skip

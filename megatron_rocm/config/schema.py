@@ -86,7 +86,7 @@ class Parallel(Section):
     sequence_parallel: bool = var("SEQ_PARALLEL", True, "split the sequence in norms and dropouts too; needs TP > 1")
     distributed_optimizer: bool = var(
         "USE_DISTRIBUTED_OPTIMIZER", BY_RULE, "shard optimizer state over the data parallel ranks",
-        text="1 with adam, without FSDP and MEGATRON_FSDP", state=OURS,
+        text="1 with adam where DP·CP > 1, without FSDP and MEGATRON_FSDP", state=OURS,
     )  # fmt: skip
     fsdp: bool = var(
         "FSDP", False, "PyTorch FSDP-v2 instead of the distributed optimizer; turns TP and SEQ_PARALLEL off",
@@ -201,9 +201,9 @@ class Training(Section):
         text="all of them; 1 with RECOMPUTE_METHOD=uniform", state=REPAIRED,
         note="honoured: the guide's training scripts never read it", ge=1, le=MOST,
     )  # fmt: skip
-    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = var(
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = var(
         "RECOMPUTE_MODULES", ("core_attn",), "what RECOMPUTE_GRANULARITY=selective recomputes in every layer",
-        text="core_attn", values="some of core_attn, mlp and layernorm", state=OURS, min_length=1,
+        text="core_attn", values="core_attn, mlp, or both", state=OURS, min_length=1,
     )  # fmt: skip
     cpu_offloading_num_layers: int = var(
         "CPU_OFFLOADING_NUM_LAYERS", 0, "layers whose activations wait in host memory for the backward pass; 0 is off",
@@ -292,7 +292,9 @@ class Data(Section):
     reset_position_ids: bool = var(
         "RESET_POSITION_IDS", False, "positions start anew after the end of a document", state=OURS
     )
-    eod_mask_loss: bool = var("EOD_MASK_LOSS", False, "leave the tokens that end documents out of the loss", state=OURS)
+    eod_mask_loss: bool = var(
+        "EOD_MASK_LOSS", False, "leave out of the loss what is predicted from a document's end", state=OURS
+    )
 
 
 class Checkpoint(Section):

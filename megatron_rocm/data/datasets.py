@@ -69,8 +69,14 @@ def build(
     eod: int,
     vocab_size: int,
     names: Sequence[str] = SPLITS,
+    *,
+    reset_position_ids: bool = False,
+    eod_mask_loss: bool = False,
 ) -> Splits:
-    """The splits in `names`. No `paths` means mock data, which needs no files.
+    """The splits in `names`. No `paths` means mock data, which needs no files and has no EODs.
+
+    `reset_position_ids` counts from 0 again after each EOD; `eod_mask_loss` leaves out of the loss what follows an EOD.
+    Which samples there are, and the index files, depend on neither.
 
     Index files go to `cache_path`, by default `cache` beside the first prefix; under torch.distributed every rank must
     call this, one process per folder builds and the others wait. Raises UsageError, on every rank alike, for data that
@@ -89,9 +95,9 @@ def build(
         split=split,
         path_to_cache=str(cache),
         tokenizer=_Ids(vocab_size, eod),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
+        reset_position_ids=reset_position_ids,
+        reset_attention_mask=False,  # of a mask that is not made: model/documents.py tells attention
+        eod_mask_loss=eod_mask_loss,
         create_attention_mask=False,
     )
     shares = [one for one, bounds in zip(SPLITS, split_ranges(split, 10**9), strict=True) if len(bounds)]

@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_rocm.config.schema import RunConfig
 
 
-def command(run: RunConfig) -> list[str]:
-    """What is executed on this node."""
+def command(run: RunConfig, *program: str) -> list[str]:
+    """What is executed on this node: training, or the module and its arguments in `program`."""
     at = run.launch
     return [
         sys.executable, "-m", "megatron_rocm.launch.torchrun",
@@ -17,7 +17,7 @@ def command(run: RunConfig) -> list[str]:
         "--nproc-per-node", str(run.parallel.gpus_per_node),
         "--master-addr", at.master_addr, "--master-port", str(at.master_port),
         "--rdzv-conf", f"timeout={at.rdzv_timeout}",
-        "--module", "--", "megatron_rocm.train", "--config", str(config_file(run)),
+        "--module", "--", *(program or ("megatron_rocm.train", "--config", str(config_file(run)))),
     ]  # fmt: skip
 
 

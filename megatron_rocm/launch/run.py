@@ -22,6 +22,7 @@ from megatron_rocm.launch import preflight, torchrun
 from megatron_rocm.launch.command import command, config_file, log_file
 from megatron_rocm.launch.dry_run import short
 from megatron_rocm.launch.lock import NAME, Lock
+from megatron_rocm.platform import startup
 from megatron_rocm.platform.process import PARENT
 from megatron_rocm.resolve import Resolution
 
@@ -49,7 +50,7 @@ def launch(resolution: Resolution) -> int:
     log.say(short(resolution), *(lock.note for lock in locks if lock.note))
     log.say(f"log: {log.path}", *([] if run.launch.tee_output else ["TEE_OUTPUT=0: it goes there only"]), always=True)
     started = time.time()
-    status = _Agent(command(run), _environment(resolution, log.path), [lock.fd for lock in locks], log).wait()
+    status = _Agent(command(run), environment(resolution, log.path), [lock.fd for lock in locks], log).wait()
     log.say(*_ending(run, status, resolution.request.command(), started), always=True)
     log.close()
     for lock in locks:
@@ -67,7 +68,8 @@ def _locks(run: RunConfig) -> list[Lock]:
     return [Lock(folder, variable) for folder, variable in named.items()]
 
 
-def _environment(resolution: Resolution, log: Path) -> dict[str, str]:
+def environment(resolution: Resolution, log: Path) -> dict[str, str]:
+    """The environment of the run's processes, whose output goes to `log`."""
     run = resolution.config
     values = {**os.environ, **{name: value for name, (value, _) in resolution.environment.items()}}
     for name in [name for name, (value, _) in resolution.environment.items() if not value]:
@@ -78,6 +80,7 @@ def _environment(resolution: Resolution, log: Path) -> dict[str, str]:
     if home.name not in ("site-packages", "dist-packages"):
         values["PYTHONPATH"] = os.pathsep.join([str(home), *filter(None, [values.get("PYTHONPATH")])])
     values[PARENT] = str(os.getpid())
+    values[startup.CLOCK] = f"{startup.born()} {startup.now()}"
     values[torchrun.LOG] = str(log)
     values[torchrun.GPUS] = str(run.parallel.gpus_per_node if run.hardware.vendor != "cpu" else 0)
     return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from typing import Any
 
@@ -15,6 +16,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import divide
 from torch import Tensor
+
+from megatron_rocm.model.documents import Documents
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -58,20 +61,56 @@ class SdpaCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Attend; a mask of one's own, a bias or packed sequences would be ignored and raise a ValueError instead."""
+        """Attend, within each of the Documents in `packed_seq_params` if there are any.
+
+        A mask of one's own, a bias or other packed sequences would be ignored and raise a ValueError instead.
+        """
         if attn_mask_type not in (None, AttnMaskType.causal):
             raise ValueError(f"SdpaCoreAttention is causal, not {attn_mask_type}")
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("SdpaCoreAttention takes no attention_mask, attention_bias or packed_seq_params")
-        if self.cp_group.size() == 1:
-            return self._attend(query, key, value)
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("SdpaCoreAttention takes no attention_mask or attention_bias")
+        if not (packed_seq_params is None or isinstance(packed_seq_params, Documents)):
+            raise ValueError(f"SdpaCoreAttention takes Documents, no other packed_seq_params: {packed_seq_params}")
 
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
-        key, value = self._whole_sequence(key, value)
-        early, late = query.chunk(2)
-        # A chunk sees the keys up to its own end.
-        ends = [(chunk + 1) * early.size(0) for chunk in (rank, 2 * ranks - 1 - rank)]
-        return torch.cat([self._attend(q, key[:end], value[:end]) for q, end in zip((early, late), ends, strict=True)])
+        if ranks == 1 and packed_seq_params is None:
+            return self._attend(query, key, value)
+        chunks = [(0, query)]
+        if ranks > 1:
+            key, value = self._whole_sequence(key, value)
+            early, late = query.chunk(2)
+            chunks = [(rank * early.size(0), early), ((2 * ranks - 1 - rank) * early.size(0), late)]
+        if packed_seq_params is None:
+            # A chunk sees the keys up to its own end.
+            ends = [first + chunk.size(0) for first, chunk in chunks]
+            parts = [self._attend(chunk, key[:e], value[:e]) for e, (_, chunk) in zip(ends, chunks, strict=True)]
+            return torch.cat(parts)
+        rows = []
+        for row, lengths in enumerate(packed_seq_params.lengths):
+            of_row = [(first, chunk[:, row : row + 1]) for first, chunk in chunks]
+            rows.append(self._attend_documents(of_row, key[:, row : row + 1], value[:, row : row + 1], lengths))
+        return torch.cat(rows, dim=1)
+
+    def _attend_documents(
+        self, chunks: list[tuple[int, Tensor]], key: Tensor, value: Tensor, lengths: tuple[int, ...]
+    ) -> Tensor:
+        """One row's attention, each document for itself: no mask, and no more scores than documents have.
+
+        `chunks` are queries, each with its place in the whole sequence; `key` and `value` are of the whole sequence.
+        """
+        # Split once: the backward pass of a slice writes zeros in the size of what it was cut from.
+        keys, values = key.split(lengths), value.split(lengths)
+        starts = list(itertools.accumulate(lengths, initial=0))
+        out = []
+        for first, chunk in chunks:
+            after = first + chunk.size(0)
+            met = [n for n in range(len(lengths)) if starts[n] < after and starts[n + 1] > first]
+            ends = [min(starts[n + 1], after) for n in met]
+            queries = chunk.split([end - max(starts[n], first) for n, end in zip(met, ends, strict=True)])
+            for n, end, part in zip(met, ends, queries, strict=True):
+                seen = end - starts[n]
+                out.append(self._attend(part, keys[n][:seen], values[n][:seen]))
+        return torch.cat(out)
 
     def _whole_sequence(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All ranks' keys and values in the order of the sequence, by one gather."""

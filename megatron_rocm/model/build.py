@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
@@ -21,12 +21,13 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
-from megatron_rocm.model import fsdp
+from megatron_rocm.model import fsdp, megatron_fsdp
+from megatron_rocm.model.gradients import DataParallel
 from megatron_rocm.model.init import fill
 from megatron_rocm.model.llama import Llama
 from megatron_rocm.model.spec import block_spec
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Transformer Engine's switches, and the backends with which megatron-core (language_module.py:92) sets them to 1.
 ATTENTION_VARIABLES = {
     "NVTE_FLASH_ATTN": (AttnBackend.flash, AttnBackend.auto),
@@ -59,6 +60,8 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        deterministic_mode=run.training.deterministic,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
@@ -83,12 +86,19 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=te and precision.rope_fusion,
-        fused_single_qkv_rope=te and precision.rope_fusion and precision.fused_single_qkv_rope,
+        # Of documents within a row it knows nothing: megatron-core asserts that it is off for them.
+        fused_single_qkv_rope=te
+        and precision.rope_fusion
+        and precision.fused_single_qkv_rope
+        and not run.data.reset_attention_mask,
         gradient_accumulation_fusion=te and not parallel.fsdp and precision.gradient_accumulation_fusion,
-        # In FP32 the fused kernel rounds gradients to BF16.
-        cross_entropy_loss_fusion=gpu and precision.dtype == "bf16" and precision.cross_entropy_loss_fusion,
+        # In FP32 and FP16 the fused kernel rounds gradients to BF16, and Megatron-LM calls it not deterministic.
+        cross_entropy_loss_fusion=gpu
+        and precision.dtype == "bf16"
+        and precision.cross_entropy_loss_fusion
+        and not run.training.deterministic,
         cross_entropy_fusion_impl=precision.cross_entropy_fusion_impl if te else "native",
-        **_recompute(run),
+        **_activations(run),
         **run.core.transformer,
     )
 
@@ -96,6 +106,8 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
 def _attention_backend(run: RunConfig) -> AttnBackend:
     if run.hardware.tier != "te":
         return AttnBackend.auto  # read by Transformer Engine only
+    if run.training.deterministic:
+        return AttnBackend.auto  # it then takes a kernel that is deterministic
     if run.precision.dtype == "fp32":
         return AttnBackend.unfused  # the others' kernels are for 16 bits
     return AttnBackend.flash if run.precision.flash_attention else AttnBackend.fused
@@ -115,11 +127,21 @@ def require_attention(backend: AttnBackend, environment: Mapping[str, str]) -> N
             )
 
 
-def _recompute(run: RunConfig) -> dict[str, Any]:
-    if not run.training.recompute:
+def _activations(run: RunConfig) -> dict[str, Any]:
+    """What is computed again in the backward pass, or waits for it in host memory: the one or the other."""
+    training = run.training
+    if training.cpu_offloading_num_layers:
+        return {"cpu_offloading": True, "cpu_offloading_num_layers": training.cpu_offloading_num_layers}
+    if not training.recompute:
         return {}
-    layers = run.training.recompute_num_layers or run.model.num_layers
-    return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
+    if training.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(training.recompute_modules)}
+    everything = run.model.num_layers if training.recompute_method == "block" else 1
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": training.recompute_method,
+        "recompute_num_layers": training.recompute_num_layers or everything,
+    }
 
 
 def ddp_config(run: RunConfig) -> DistributedDataParallelConfig:
@@ -128,10 +150,10 @@ def ddp_config(run: RunConfig) -> DistributedDataParallelConfig:
         grad_reduce_in_fp32=not run.precision.grad_reduce_in_bf16,
         overlap_grad_reduce=run.parallel.overlap_grad_reduce,
         overlap_param_gather=run.parallel.overlap_param_gather,
-        use_distributed_optimizer=run.parallel.distributed_optimizer,
+        use_distributed_optimizer=run.parallel.distributed_optimizer or run.parallel.megatron_fsdp,
         # The loop looks at the loss and the gradient norm itself, on all ranks at once.
         check_for_nan_in_grad=False,
-        **run.core.ddp,
+        **((megatron_fsdp.settings(run) if run.parallel.megatron_fsdp else {}) | run.core.ddp),
     )
 
 
@@ -151,11 +173,40 @@ def optimizer_config(run: RunConfig) -> OptimizerConfig:
         sgd_momentum=0.9,
         clip_grad=optimizer.clip_grad,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        **_loss_scale(run),
         params_dtype=dtype,
-        use_distributed_optimizer=run.parallel.distributed_optimizer,
+        use_distributed_optimizer=run.parallel.distributed_optimizer or run.parallel.megatron_fsdp,
         overlap_param_gather=run.parallel.overlap_param_gather,
+        **_offload(run),
         **run.core.optimizer,
     )
+
+
+def _loss_scale(run: RunConfig) -> dict[str, Any]:
+    precision = run.precision
+    if precision.dtype != "fp16":
+        return {}
+    return {
+        "loss_scale": precision.loss_scale,
+        "initial_loss_scale": precision.initial_loss_scale,
+        "min_loss_scale": precision.min_loss_scale,
+        "loss_scale_window": precision.loss_scale_window,
+        "hysteresis": precision.hysteresis,
+    }
+
+
+def _offload(run: RunConfig) -> dict[str, Any]:
+    if not run.optimizer.cpu_offload:
+        return {}
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": run.optimizer.offload_fraction,
+        # Parameters are updated while the next ones' gradients are still on their way.
+        "overlap_cpu_optimizer_d2h_h2d": True,
+        # Only its path hands gradients to the hybrid optimizer (Megatron-LM's arguments.py demands it too).
+        "use_precision_aware_optimizer": True,
+    }
 
 
 def build_model(run: RunConfig) -> list[torch.nn.Module]:
@@ -169,21 +220,25 @@ def build_model(run: RunConfig) -> list[torch.nn.Module]:
     if run.parallel.fsdp:
         reduce = torch.bfloat16 if run.precision.grad_reduce_in_bf16 else torch.float32
         chunks = [fsdp.shard(config, chunk, DTYPES[run.precision.dtype], reduce) for chunk in chunks]
+    ddp = ddp_config(run)
+    if run.parallel.megatron_fsdp:
+        chunks = [megatron_fsdp.MegatronFullySharded(config, ddp, chunk) for chunk in chunks]
     for chunk in chunks:
         fill(core(chunk), run)
-    if run.parallel.fsdp:
+    if run.parallel.megatron_fsdp:
+        for chunk in chunks:
+            chunk.take_over_weights()  # type: ignore[operator]
+    if _fully_sharded(run):
         return chunks
-    ddp = ddp_config(run)
     # Only the first chunk's gradients are reduced in buckets: those of the others overlap with its backward pass.
-    return [
-        DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
-    ]
+    return [DataParallel(config, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
 
 
 def build_chunks(run: RunConfig, config: TransformerConfig) -> list[torch.nn.Module]:
-    """The model chunks before any data parallel wrapping: Llama, within Float16Module in BF16.
+    """The model chunks before any data parallel wrapping: Llama, within Float16Module in 16 bits.
 
-    Their weights are not the run's initial ones yet. With FSDP=1 the layers have no values at all.
+    Their weights are not the run's initial ones yet. With FSDP=1 and MEGATRON_FSDP=1 the layers have no values at
+    all.
     """
     chunks: list[torch.nn.Module] = []
     for number in range(run.parallel.vpp):
@@ -191,7 +246,7 @@ def build_chunks(run: RunConfig, config: TransformerConfig) -> list[torch.nn.Mod
         spec = block_spec(config, stage, run.hardware.tier)
         chunk = Llama(
             config,
-            fsdp.without_values(spec) if run.parallel.fsdp else spec,
+            fsdp.without_values(spec) if _fully_sharded(run) else spec,
             vocab_size=run.model.padded_vocab_size,
             max_sequence_length=run.training.seq_length,
             pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -204,10 +259,14 @@ def build_chunks(run: RunConfig, config: TransformerConfig) -> list[torch.nn.Mod
             vp_stage=stage,
             tokens=run.model.vocab_size,
         )
-        if run.hardware.vendor != "cpu" and not run.parallel.fsdp:
+        if run.hardware.vendor != "cpu" and not _fully_sharded(run):
             chunk.cuda()
-        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+        chunks.append(Float16Module(config, chunk) if config.bf16 or config.fp16 else chunk)
     return chunks
+
+
+def _fully_sharded(run: RunConfig) -> bool:
+    return run.parallel.fsdp or run.parallel.megatron_fsdp
 
 
 def core(chunk: Any) -> GPTModel:

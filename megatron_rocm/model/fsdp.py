@@ -7,13 +7,14 @@ as they are built (`OnMeta`), and initial values are drawn after the model is cu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import TorchFullyShardedDataParallel, TorchFullyShardedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -23,14 +24,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter lies in a checkpoint: its key there and, where layers are stacked in it, which of how many."""
-
-    key: str
-    layer: int | None
-    layers: int | None
+# Where a parameter lies in a checkpoint: tensors without data, one after the other along its rows. The SwiGLU's gate
+# and up are two.
+Parts = tuple[ShardedTensor, ...]
 
 
 class OnMeta(TransformerLayer):
@@ -55,8 +51,8 @@ class FullySharded(TorchFullyShardedDataParallel):
     """`model`, a GPTModel in its wrappers whose parameters are on meta, cut over the data parallel ranks.
 
     megatron-core 0.16.1's wrapper as its own finalize_model_grads expects it, with a precision of its own: computed in
-    `compute`, gradients reduced in `reduce`, parameters and gradients kept in FP32. They have no values yet. `places`
-    has a Place for each parameter's name.
+    `compute`, gradients reduced in `reduce`, parameters and gradients kept in FP32. They have no values yet. `parts`
+    says by a parameter's name where it lies in a checkpoint.
     """
 
     def __init__(
@@ -68,20 +64,22 @@ class FullySharded(TorchFullyShardedDataParallel):
         self.process_group = mpu.get_data_parallel_group(with_context_parallel=True)
         self.device_mesh = DeviceMesh.from_group(self.process_group, "cuda")
         # Found before parameters are cut: afterwards megatron-core cuts the SwiGLU's gate and up at the wrong rows.
-        self.places = _places(model)
+        parts = parts_of(model.sharded_state_dict())  # type: ignore[operator]
+        self.parts = {name: parts[id(parameter)] for name, parameter in model.named_parameters()}
         # Inputs are cast where they need it: RoPE's angles must stay in FP32.
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
         device = torch.cuda.current_device()
         with _keeping_attributes(model):
             before: list[Any] = []
-            for part in _parts(model):
+            for part in _units(model):
                 _replace(part, device, torch.float32)
                 fully_shard(part, mesh=self.device_mesh, mp_policy=policy)
                 if config.recompute_granularity is not None:
                     # Recomputing a layer would otherwise be taken for the order of the backward pass.
                     part.set_modules_to_backward_prefetch(before)  # type: ignore[operator]
                 before = [part]
-            _replace(_core(model).decoder.final_layernorm, device, torch.float32)
+            for part in _root(model):
+                _replace(part, device, torch.float32)
             fully_shard(model, mesh=self.device_mesh, mp_policy=policy)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
@@ -104,10 +102,22 @@ def _core(model: torch.nn.Module) -> GPTModel:
     return next(module for module in model.modules() if isinstance(module, GPTModel))
 
 
-def _parts(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """What is gathered at a time, in the order of the forward pass; the final norm goes with the whole."""
+def _units(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What is gathered at a time, in the order of the forward pass."""
     inner = _core(model)
+    if inner.share_embeddings_and_output_weights:
+        return [*inner.decoder.layers]
     return [inner.embedding, *inner.decoder.layers, inner.output_layer]
+
+
+def _root(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What is gathered with the whole, and stays so from the forward pass to the end of the backward pass.
+
+    An embedding that is the output layer's weight too is used at both ends.
+    """
+    inner = _core(model)
+    tied = [inner.embedding] if inner.share_embeddings_and_output_weights else []
+    return [*tied, inner.decoder.final_layernorm]
 
 
 def _replace(module: torch.nn.Module, device: Any, dtype: torch.dtype | None = None) -> None:
@@ -127,14 +137,23 @@ def _keeping_attributes(module: torch.nn.Module) -> Iterator[None]:
         vars(parameter).update(kept[name])
 
 
-def _places(model: Any) -> dict[str, Place]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    places = {}
-    for entry in model.sharded_state_dict().values():
-        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
-            continue  # Transformer Engine's extra state
-        part = entry if isinstance(entry, ShardedTensor) else entry.build()[0]
-        stacked = part.prepend_axis_num == 1
-        layer, layers = (part.global_offset[0], part.global_shape[0]) if stacked else (None, None)
-        places[names[id(entry.data)]] = Place(part.key, layer, layers)
-    return places
+def parts_of(weights: Mapping[str, Any]) -> dict[int, Parts]:
+    """The parts of each parameter, by its id, in a sharded state dict of models."""
+    found: dict[int, Parts] = {}
+    for entry in nested_values(weights):
+        if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):  # not Transformer Engine's extra state
+            parts = [entry] if isinstance(entry, ShardedTensor) else entry.build()
+            found[id(entry.data)] = tuple(part.without_data() for part in parts)
+    return found
+
+
+def whole_gradients(wrapper: FullySharded) -> dict[str, torch.Tensor]:
+    """Each parameter's FP32 gradient, whole, by the parameter's name in the GPTModel; zeros where it has none.
+
+    Collective; every rank gets all. What finalize_model_grads has left is the mean over the global batch's tokens.
+    """
+    found = {}
+    for name, parameter in _core(wrapper.module).named_parameters():
+        gradient: Any = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found[name] = gradient.full_tensor().float()
+    return found

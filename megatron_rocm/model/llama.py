@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from megatron_rocm.model.loss import cross_entropy
+
 NEVER = -1e4  # a logit that adds exactly 0 to a softmax in FP32; an infinite one makes fused kernels divide 0 by 0
 
 
@@ -23,8 +25,11 @@ class Llama(GPTModel):
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Loss [batch, sequence] of `labels` under `logits` [sequence, batch, this rank's part of the vocabulary]."""
+        tp = self.pg_collection.tp
+        if not self.config.cross_entropy_loss_fusion:
+            return cross_entropy(logits, labels.t(), self.tokens, tp).t().contiguous()
         rows = logits.size(-1)
-        mine = max(0, self.tokens - self.pg_collection.tp.rank() * rows)
+        mine = max(0, self.tokens - tp.rank() * rows)
         if mine < rows:
             logits[..., mine:].fill_(NEVER)
         return super().compute_language_model_loss(labels, logits)

@@ -10,7 +10,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_rocm.errors import UsageError
 from megatron_rocm.model.attention import SdpaCoreAttention
+from megatron_rocm.model.mlp import SwiGluMlp
 from megatron_rocm.model.norm import RMSNorm
+from megatron_rocm.model.rotary import RotarySelfAttention
 
 # What the torch-only layers are, by the field of TransformerConfig that would ask for something else.
 _TORCH_ONLY = {
@@ -57,7 +59,9 @@ def block_spec(
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.module = RotarySelfAttention
     layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    layer.submodules.mlp = SwiGluMlp
     # A layer spec alone would leave megatron-core's own norm at the end of the block.
     layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

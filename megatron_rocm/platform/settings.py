@@ -43,7 +43,18 @@ def _gpu(run: RunConfig, machine: Machine) -> bool:
     return machine.vendor != "cpu"
 
 
+def _repeats(vendor: str | None = None, tier: str | None = None) -> When:
+    """DETERMINISTIC=1, on a GPU."""
+    where = on(vendor=vendor, tier=tier)
+    return lambda run, machine: run.training.deterministic and _gpu(run, machine) and where(run, machine)
+
+
+def _tunes(run: RunConfig, machine: Machine) -> bool:
+    return on(vendor="amd", tier="te")(run, machine) and not run.training.deterministic  # by timing, so not repeatable
+
+
 _SCRIPT = "ROCm/Megatron-LM examples/llama/train_llama3.sh"
+_PRIMUS = "AMD-AGI/Primus --deterministic"
 
 SETTINGS = (
     Setting("OMP_NUM_THREADS", lambda run, machine: str(run.hardware.threads), "cores divided by processes, so that they don't wait for each other", "measured: two busy processes with all cores each are 28 times slower", on()),
@@ -60,11 +71,16 @@ SETTINGS = (
     Setting("RCCL_MSCCL_ENABLE", "0", "MSCCL's algorithms are slower on these messages", _SCRIPT, on(vendor="amd")),
     Setting("NVTE_CK_USES_BWD_V3", "1", "assembly kernels for attention's backward pass", "ROCm/Megatron-LM examples/llama/train_llama_slurm.sh", on(vendor="amd", tier="te")),
     Setting("NVTE_USE_CAST_TRANSPOSE_TRITON", "1", "Triton's cast-transpose", "ROCm/Megatron-LM examples/llama/train_llama_slurm.sh", on(vendor="amd", tier="te")),
+    Setting("NCCL_ALGO", "Ring", "DETERMINISTIC=1: sums over ranks in one order", "Megatron-LM --deterministic-mode", _repeats()),
+    Setting("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0", "DETERMINISTIC=1: Transformer Engine's deterministic kernels alone", "megatron/core/extensions/transformer_engine.py", _repeats(tier="te"), forced=True),
+    Setting("CUBLAS_WORKSPACE_CONFIG", ":4096:8", "DETERMINISTIC=1: matrix products the same with each stream; torch demands it", "torch.use_deterministic_algorithms", _repeats(vendor="nvidia")),
+    Setting("ROCBLAS_DEFAULT_ATOMICS_MODE", "0", "DETERMINISTIC=1: matrix products without atomic additions", "rocBLAS programming guide", _repeats(vendor="amd")),
+    Setting("TORCH_COMPILE_DISABLE", "1", "DETERMINISTIC=1: torch.compile's Triton kernels race in some versions", _PRIMUS, _repeats(vendor="amd")),
 )  # fmt: skip
 
 GEMM_TUNING = (
-    Setting("TE_HIPBLASLT_TUNING_RUN_COUNT", "10", "GEMM_TUNING=1: runs per candidate kernel", _SCRIPT, on(vendor="amd", tier="te")),
-    Setting("TE_HIPBLASLT_TUNING_ALGO_COUNT", "50", "GEMM_TUNING=1: candidate kernels per shape", _SCRIPT, on(vendor="amd", tier="te")),
+    Setting("TE_HIPBLASLT_TUNING_RUN_COUNT", "10", "GEMM_TUNING=1: runs per candidate kernel", _SCRIPT, _tunes),
+    Setting("TE_HIPBLASLT_TUNING_ALGO_COUNT", "50", "GEMM_TUNING=1: candidate kernels per shape", _SCRIPT, _tunes),
 )  # fmt: skip
 
 # Names of libraries that a KEY=VALUE argument may set as well as the environment.

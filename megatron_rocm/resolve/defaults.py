@@ -56,6 +56,9 @@ def _layout_defaults(draft: Draft, family: str) -> None:
             continue
         draft.default(name, value, f"preset {preset.title}")
     draft.default("PP", 1)
+    draft.default("MEGATRON_FSDP", False)
+    if draft["MEGATRON_FSDP"]:
+        draft.default("TP", 1)  # what is sharded over the data parallel processes needs no other cut
     if machine.vendor == "cpu":
         draft.default("TP", 1)
         draft.default("GPUS_PER_NODE", draft.model_parallel)
@@ -98,9 +101,11 @@ def _other_defaults(draft: Draft, request: RunRequest) -> None:
     draft.set("SPLIT_SHARES", parse_split(draft["SPLIT"]), "rule")
     draft.set("WANDB", "WANDB_API_KEY" in request.said, "rule")
     parallel = draft.world > draft.model_parallel
-    draft.default("MEGATRON_FSDP", False)
     fully = draft["FSDP"] or draft["MEGATRON_FSDP"]
-    draft.default("USE_DISTRIBUTED_OPTIMIZER", draft["OPTIMIZER"] == "adam" and not fully)
+    # One rank alone would copy all gradients and parameters in each step, and share nothing.
+    asked = any(name in draft and draft[name] for name in ("OPTIMIZER_CPU_OFFLOAD", "OVERLAP_PARAM_GATHER"))
+    shares = draft.world > draft["TP"] * draft["PP"] or asked
+    draft.default("USE_DISTRIBUTED_OPTIMIZER", draft["OPTIMIZER"] == "adam" and not fully and shares)
     draft.default("OVERLAP_GRAD_REDUCE", parallel and not fully)
     draft.default(
         "OVERLAP_PARAM_GATHER", parallel and draft["USE_DISTRIBUTED_OPTIMIZER"] and draft["OVERLAP_GRAD_REDUCE"]
@@ -122,6 +127,10 @@ def _adjust(draft: Draft) -> None:
         draft.adjust("ROPE_SCALING", False, f"{preset.title} has none")
     if draft["PRECISION"] == "fp32" and draft["GRAD_REDUCE_IN_BF16"]:
         draft.adjust("GRAD_REDUCE_IN_BF16", False, "PRECISION=fp32 keeps FP32 gradients")
+    if draft["PRECISION"] == "fp16" and draft["GRAD_REDUCE_IN_BF16"]:
+        draft.adjust("GRAD_REDUCE_IN_BF16", False, "PRECISION=fp16 would reduce in FP16, which overflows")
+    if draft["DETERMINISTIC"]:
+        draft.adjust("USE_FLASH_ATTN", False, "DETERMINISTIC=1 leaves the choice of a kernel to Transformer Engine")
     for fully in ("FSDP", "MEGATRON_FSDP"):
         if draft[fully]:
             for name in OWN_WAY:
@@ -132,13 +141,13 @@ def _adjust(draft: Draft) -> None:
         draft.adjust("CROSS_ENTROPY_FUSION_IMPL", "native", "Transformer Engine is not used here")
     else:
         _adjust_to_libraries(draft)
-    if draft["CROSS_ENTROPY_LOSS_FUSION"] and (draft.machine.vendor == "cpu" or draft["PRECISION"] == "fp32"):
-        why = (
-            "no GPU to fuse kernels on"
-            if draft.machine.vendor == "cpu"
-            else "the fused kernel rounds gradients to BF16"
-        )
-        draft.adjust("CROSS_ENTROPY_LOSS_FUSION", False, why)
+    for holds, why in (
+        (draft.machine.vendor == "cpu", "no GPU to fuse kernels on"),
+        (draft["PRECISION"] != "bf16", "the fused kernel rounds gradients to BF16"),
+        (draft["DETERMINISTIC"], "the fused kernel is not deterministic"),
+    ):
+        if draft["CROSS_ENTROPY_LOSS_FUSION"] and holds:
+            draft.adjust("CROSS_ENTROPY_LOSS_FUSION", False, why)
     if not draft["ROPE_FUSION"]:
         draft.adjust("FUSED_SINGLE_QKV_ROPE", False, "ROPE_FUSION=0")
     if draft["SEQ_LENGTH"] > preset.max_position_embeddings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +157,26 @@ def _ramp(draft: Draft) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _units(draft: Draft) -> dict[str, Any]:
+    """What the layers of all chunks can be cut into, for uniform recomputation."""
+    chunks = draft.layers(False) or draft.layers(True) or [[draft.preset.num_layers]]
+    sizes = sorted({layers for stage in chunks for layers in stage})
+    return {
+        "layers": " or ".join(map(str, sizes)), "choices": ", ".join(map(str, _divisors(math.gcd(*sizes)))),
+        "even": all(layers % (draft["RECOMPUTE_NUM_LAYERS"] or 1) == 0 for layers in sizes),
+    }  # fmt: skip
+
+
+def _replicas(draft: Draft) -> list[str]:
+    """HSDP's choices: each replica gets as many data parallel processes, and more than one."""
+    return list(map(str, list(_divisors(draft.dp * draft["CP"], draft.dp * draft["CP"]))[1:-1]))
+
+
+def _replica_choices(draft: Draft) -> dict[str, Any]:
+    choices = _replicas(draft)
+    return {"dp": draft.dp * draft["CP"], "choices": f"one of {', '.join(choices)}, or " if choices else ""}
+
+
 def _sequence(draft: Draft) -> dict[str, Any]:
     unit = sequence_unit(draft)
     return {"unit": unit, "choice": -(-draft["SEQ_LENGTH"] // unit) * unit}
@@ -186,7 +207,11 @@ RULES = (
          "PRECISION=fp16 with FSDP=1: megatron-core looks for overflows in gradients that FSDP-v2 keeps elsewhere, and would "
          "miss them; set PRECISION=bf16, or FSDP=0"),
     Rule(("MEGATRON_FSDP", "PRECISION"), lambda d: d["MEGATRON_FSDP"], lambda d: d["PRECISION"] != "fp16",
-         "PRECISION=fp16 with MEGATRON_FSDP=1: loss scaling is not proven there; set PRECISION=bf16, or MEGATRON_FSDP=0"),
+         "PRECISION=fp16 with MEGATRON_FSDP=1: megatron-core divides each gradient by the loss scale, and fails on a rank that "
+         "has no part of one; set PRECISION=bf16, or MEGATRON_FSDP=0"),
+    Rule(("MEGATRON_FSDP", "OPTIMIZER"), lambda d: d["MEGATRON_FSDP"], lambda d: d["OPTIMIZER"] == "adam",
+         "OPTIMIZER={OPTIMIZER} with MEGATRON_FSDP=1: megatron-core shards the state of adam alone; set OPTIMIZER=adam, or "
+         "MEGATRON_FSDP=0"),
     Rule(("FSDP", "PP"), lambda d: d["FSDP"], lambda d: d["PP"] == 1,
          "PP={PP} with FSDP=1: FSDP shards over the whole node group what PP has already cut; set PP=1 or FSDP=0"),
     Rule(("FSDP", "CP"), lambda d: d["FSDP"], lambda d: d["CP"] == 1,
@@ -209,9 +234,12 @@ RULES = (
     Rule(("NNODES", "GPUS_PER_NODE", "TP", "PP", "CP"), always, lambda d: d.world % d.model_parallel == 0,
          "TP={TP}·PP={PP}·CP={CP} = {mp} does not divide the {world} processes of NNODES={NNODES} × "
          "GPUS_PER_NODE={GPUS_PER_NODE}: change TP, PP or CP, or the number of processes", _parallel),
-    Rule(("HSDP_NUM_REPLICAS", "ENABLE_HSDP"), lambda d: d["ENABLE_HSDP"], lambda d: d.dp * d["CP"] % d["HSDP_NUM_REPLICAS"] == 0,
-         "HSDP_NUM_REPLICAS={HSDP_NUM_REPLICAS} does not divide the {dp} data parallel processes; set one of {choices}, or "
-         "ENABLE_HSDP=0", lambda d: {"dp": d.dp * d["CP"], "choices": ", ".join(map(str, list(_divisors(d.dp * d["CP"]))[1:]) ) or "none"}),
+    Rule(("MEGATRON_FSDP", "TP", "PP", "GPUS_PER_NODE"), lambda d: d["MEGATRON_FSDP"], lambda d: d.dp * d["CP"] > 1,
+         "MEGATRON_FSDP=1 with DP·CP=1 has nothing to shard over, and megatron-core then doubles gradients in every micro batch: "
+         "set a smaller TP or PP, more GPUS_PER_NODE, or MEGATRON_FSDP=0"),
+    Rule(("HSDP_NUM_REPLICAS", "ENABLE_HSDP"), lambda d: d["ENABLE_HSDP"], lambda d: str(d["HSDP_NUM_REPLICAS"]) in _replicas(d),
+         "HSDP_NUM_REPLICAS={HSDP_NUM_REPLICAS} does not divide the {dp} data parallel processes, or leaves none to "
+         "shard over; set {choices}ENABLE_HSDP=0", _replica_choices),
     Rule(("BS", "MBS"), always, lambda d: d["BS"] % (d["MBS"] * d.dp) == 0,
          "BS={BS} is not a multiple of MBS={MBS} × DP={dp} = {unit}: set {choices}", _batch),
     Rule(("BS", "VPP", "PP"), lambda d: d["VPP"] > 1, lambda d: d.micro_batches % d["PP"] == 0,
@@ -244,8 +272,31 @@ RULES = (
     Rule(("RESET_POSITION_IDS", "RESET_ATTENTION_MASK"), lambda d: d["RESET_POSITION_IDS"], lambda d: d["RESET_ATTENTION_MASK"],
          "RESET_POSITION_IDS=1 needs RESET_ATTENTION_MASK=1: attention across documents whose positions start anew would take "
          "tokens of one for those of the other"),
+    Rule(("RESET_ATTENTION_MASK", "CP"), lambda d: d["RESET_ATTENTION_MASK"] and d.machine.tier == "te",
+         lambda d: d["CP"] == 1,
+         "RESET_ATTENTION_MASK=1 with CP={CP}: Transformer Engine cuts each document over the context parallel ranks, and "
+         "would need every length to be a multiple of 2·CP; set CP=1, or RESET_ATTENTION_MASK=0"),
+    Rule(("RESET_ATTENTION_MASK", "PRECISION"), lambda d: d["RESET_ATTENTION_MASK"] and d.machine.tier == "te",
+         lambda d: d["PRECISION"] != "fp32",
+         "RESET_ATTENTION_MASK=1 with PRECISION=fp32: Transformer Engine's kernels for documents are for 16 bits; "
+         "set PRECISION=bf16, or RESET_ATTENTION_MASK=0"),
+    Rule(("RECOMPUTE_METHOD", "RECOMPUTE_NUM_LAYERS"),
+         lambda d: d["RECOMPUTE"] and d["RECOMPUTE_GRANULARITY"] == "full" and d["RECOMPUTE_METHOD"] == "uniform",
+         lambda d: _units(d)["even"],
+         "RECOMPUTE_NUM_LAYERS={RECOMPUTE_NUM_LAYERS} with RECOMPUTE_METHOD=uniform: the stages and chunks have {layers} layers, "
+         "and each must be so many units; set one of {choices}, or RECOMPUTE_METHOD=block", lambda d: _units(d)),
     Rule(("OPTIMIZER_CPU_OFFLOAD",), lambda d: d["OPTIMIZER_CPU_OFFLOAD"], lambda d: d.machine.vendor != "cpu",
          "OPTIMIZER_CPU_OFFLOAD=1: optimizer state is in host memory already on a CPU; set OPTIMIZER_CPU_OFFLOAD=0"),
+    Rule(("OPTIMIZER_CPU_OFFLOAD",), lambda d: d["OPTIMIZER_CPU_OFFLOAD"], lambda d: d.machine.tier == "te",
+         "OPTIMIZER_CPU_OFFLOAD=1: megatron-core's hybrid optimizer asks for Transformer Engine's version, which is not used "
+         "here; set OPTIMIZER_CPU_OFFLOAD=0, USE_DISTRIBUTED_OPTIMIZER=1 saves memory too"),
+    Rule(("OPTIMIZER_CPU_OFFLOAD", "USE_DISTRIBUTED_OPTIMIZER", "OPTIMIZER"), lambda d: d["OPTIMIZER_CPU_OFFLOAD"],
+         lambda d: d["USE_DISTRIBUTED_OPTIMIZER"] and d["OPTIMIZER"] == "adam",
+         "OPTIMIZER_CPU_OFFLOAD=1 with OPTIMIZER={OPTIMIZER} and USE_DISTRIBUTED_OPTIMIZER={USE_DISTRIBUTED_OPTIMIZER}: "
+         "megatron-core offloads the distributed optimizer's adam alone; set OPTIMIZER_CPU_OFFLOAD=0"),
+    Rule(("OPTIMIZER_CPU_OFFLOAD", "PRECISION"), lambda d: d["OPTIMIZER_CPU_OFFLOAD"], lambda d: d["PRECISION"] != "fp32",
+         "OPTIMIZER_CPU_OFFLOAD=1 with PRECISION=fp32: a run that resumes looks for FP32 copies of its parameters, which "
+         "megatron-core does not make of FP32 ones; set PRECISION=bf16, or OPTIMIZER_CPU_OFFLOAD=0"),
     Rule(("CPU_OFFLOADING_NUM_LAYERS",), lambda d: d["CPU_OFFLOADING_NUM_LAYERS"], lambda d: d.machine.tier == "te",
          "CPU_OFFLOADING_NUM_LAYERS={CPU_OFFLOADING_NUM_LAYERS}: activations are offloaded by Transformer Engine, which is not "
          "used here; set CPU_OFFLOADING_NUM_LAYERS=0, RECOMPUTE=1 saves memory too"),
@@ -253,6 +304,10 @@ RULES = (
          lambda d: d["PP"] == 1 and not d["RECOMPUTE"],
          "CPU_OFFLOADING_NUM_LAYERS={CPU_OFFLOADING_NUM_LAYERS} with PP={PP} and RECOMPUTE={RECOMPUTE}: megatron-core offloads "
          "activations with neither pipeline stages nor recomputation; set PP=1 and RECOMPUTE=0, or CPU_OFFLOADING_NUM_LAYERS=0"),
+    Rule(("CPU_OFFLOADING_NUM_LAYERS", "FSDP", "MEGATRON_FSDP"), lambda d: d["CPU_OFFLOADING_NUM_LAYERS"],
+         lambda d: not d["FSDP"] and not d["MEGATRON_FSDP"],
+         "CPU_OFFLOADING_NUM_LAYERS={CPU_OFFLOADING_NUM_LAYERS} with FSDP={FSDP}, MEGATRON_FSDP={MEGATRON_FSDP}: Transformer "
+         "Engine offloads within layers that FSDP gathers and frees, which is not proven; set CPU_OFFLOADING_NUM_LAYERS=0"),
     Rule(("CPU_OFFLOADING_NUM_LAYERS", "MODEL_SIZE"), lambda d: d["CPU_OFFLOADING_NUM_LAYERS"],
          lambda d: d["CPU_OFFLOADING_NUM_LAYERS"] < d.preset.num_layers,
          "CPU_OFFLOADING_NUM_LAYERS={CPU_OFFLOADING_NUM_LAYERS}: must be below the model's {layers} layers",

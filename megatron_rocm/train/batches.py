@@ -36,6 +36,21 @@ class Indices:
             first += self.stride
 
 
+class Recorded:
+    """An iterator of micro batches that keeps what it has handed out, so that a step can be computed again."""
+
+    def __init__(self, source: Iterator[Batch]) -> None:
+        self.source = source
+        self.seen: list[Batch] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self.seen.append(next(self.source))
+        return self.seen[-1]
+
+
 def loaders(run: RunConfig) -> int:
     """Processes that read ahead for this one. None on a CPU, whose cores they would share with it."""
     return 0 if run.hardware.vendor == "cpu" else 2
@@ -60,12 +75,14 @@ def _heed_parent_alone(loader: int) -> None:
 
 
 def micro_batches(run: RunConfig, dataset: Dataset[Any], start: int, chunk: torch.nn.Module) -> Iterator[Batch] | None:
-    """This rank's micro batches for one model chunk; None where it neither embeds tokens nor computes the loss.
+    """This rank's micro batches for one model chunk; None where nothing in it looks at tokens.
 
-    A batch has tokens, labels, loss_mask and position_ids of shape [MBS, sequence / CP].
+    Tokens are embedded, needed for the loss, or tell attention where documents end.
+
+    A batch has tokens, labels, loss_mask and position_ids of shape [MBS, sequence].
     """
     stage = core(chunk)
-    if not (stage.pre_process or stage.post_process):
+    if not (stage.pre_process or stage.post_process or run.data.reset_attention_mask):
         return None
     indices = Indices(
         start, run.training.micro_batch_size, mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()

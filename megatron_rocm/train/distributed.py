@@ -95,13 +95,14 @@ def agree(run: RunConfig) -> None:
 
 
 def form_groups(run: RunConfig) -> None:
-    """Make megatron-core's process groups and seed the random generators."""
+    """Make megatron-core's process groups, seed the random generators and say whether kernels must be deterministic."""
     parallel = run.parallel
     mpu.initialize_model_parallel(
         parallel.tp,
         parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
+        num_distributed_optimizer_instances=parallel.hsdp_replicas if parallel.hsdp else 1,
         create_gloo_process_groups=False,
     )
     seed = run.training.seed
@@ -109,6 +110,7 @@ def form_groups(run: RunConfig) -> None:
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    torch.use_deterministic_algorithms(run.training.deterministic)
 
 
 def leave() -> None:

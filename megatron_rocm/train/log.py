@@ -21,6 +21,7 @@ from megatron_rocm.checkpoint.state import State
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
 from megatron_rocm.plan.flops import flops_per_token
+from megatron_rocm.train.ramp import samples_of
 from megatron_rocm.train.step import Result
 from megatron_rocm.train.summary import summary
 
@@ -31,6 +32,9 @@ class Sink(Protocol):
     """A place for numbers."""
 
     def write(self, values: dict[str, float], iteration: int) -> None: ...
+
+    def rewind(self, start: int) -> None:
+        """Forget what came after iteration `start`, which is to be trained anew."""
 
     def close(self) -> None: ...
 
@@ -53,30 +57,33 @@ class Log:
         self.speaks = dist.get_rank() == 0
         self.sinks: list[Sink] = _sinks(run, start) if self.speaks else []
         self.lines: list[str] = []
-        self.unlogged: list[tuple[float, float]] = []  # (seconds, loss) of the steps since the last line
-        self.steps, self.seconds = 0, 0.0  # measured ones: without the first, which warms up
+        self.unlogged: list[tuple[float, Result]] = []  # (seconds, what it came to) of the steps since the last line
+        self.samples, self.seconds = 0, 0.0  # measured ones: without the first step, which warms up
 
     def say(self, text: str) -> None:
-        """One line of text."""
-        if self.speaks:
+        """One line of text; nothing where there is none."""
+        if self.speaks and text:
             print(text, flush=True)
 
     def step(self, state: State, result: Result, seconds: float) -> None:
         """A step is done; it took so many seconds."""
         if not self.speaks:
             return
-        self.unlogged.append((seconds, result.loss))
+        self.unlogged.append((seconds, result))
         if len(self.lines) or len(self.unlogged) > 1:
-            self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+            self.samples, self.seconds = self.samples + result.batch_size, self.seconds + seconds
         training = self.run.training
-        tokens = training.global_batch_size * training.seq_length
+        tokens = result.batch_size * training.seq_length
         values = {
             "consumed_samples": state.consumed_samples,
             "lm_loss": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
+            "global_batch_size": result.batch_size,
+            "loss_scale": result.loss_scale,
+            "skipped": float(not result.updated),
             "iteration_ms": seconds * 1000,
-            "tflops_per_gpu": self._tflops(seconds),
+            "tflops_per_gpu": self._tflops(result.batch_size, seconds),
             "tokens_per_gpu_per_s": tokens / seconds / self.run.parallel.world_size,
             "mem_usage": memory_usage(),
         }
@@ -84,13 +91,22 @@ class Log:
         if state.iteration % self.run.logging.log_interval == 0 or state.iteration == training.train_iters:
             self._line(state, result, values["mem_usage"])
 
+    def rewind(self, state: State) -> None:
+        """`state` is back at an earlier iteration: what came after it is forgotten."""
+        self.unlogged.clear()
+        for sink in self.sinks:
+            sink.rewind(state.iteration)
+
     def evaluation(self, state: State, loss: float) -> None:
         """The validation loss after `state.iteration` steps."""
-        perplexity = math.exp(min(20.0, loss))  # Megatron-LM's bound, so that a first loss can't overflow
+        # Megatron-LM's bound, so that a first loss can't overflow.
+        perplexity = math.exp(min(20.0, loss)) if math.isfinite(loss) else loss
         self.say(
             f" validation loss at iteration {state.iteration} on validation set | lm loss value: {loss:.6E} "
             f"| lm loss PPL: {perplexity:.6E} | "
         )
+        if not math.isfinite(loss):
+            self.say("warning: the validation loss is not finite; NAN_POLICY looks at training alone")
         if self.speaks:
             self._write({"validation_loss": loss, "validation_perplexity": perplexity}, state.iteration)
 
@@ -108,33 +124,48 @@ class Log:
         for sink in self.sinks:
             sink.write(values, iteration)
 
-    def _tflops(self, seconds: float) -> float:
+    def _tflops(self, samples: float, seconds: float) -> float:
         """Per process, without recomputation."""
-        training = self.run.training
-        operations = flops_per_token(self.run) * training.global_batch_size * training.seq_length
+        operations = flops_per_token(self.run) * samples * self.run.training.seq_length
         return operations / seconds / self.run.parallel.world_size / 1e12
 
+    def _left(self, state: State) -> float:
+        """Seconds to the end, by the samples that are still to come."""
+        seconds = self.seconds or sum(one for one, _ in self.unlogged)
+        samples = self.samples or sum(result.batch_size for _, result in self.unlogged)
+        training = self.run.training
+        return samples_of(training, state.consumed_samples, training.train_iters - state.iteration) * seconds / samples
+
     def _line(self, state: State, result: Result, memory: float) -> None:
-        """Megatron-LM's line; `mem usages` and where it stands are ROCm/Megatron-LM's, `time left` is ours."""
+        """Megatron-LM's line; `mem usages` and where it stands are ROCm/Megatron-LM's, `time left` is ours.
+
+        As there, the loss is the mean over updates, skipped and NaN iterations are those since the last line, and there
+        is no grad norm where the update was left out before it was known.
+        """
         run = self.run
-        seconds = sum(one for one, _ in self.unlogged) / len(self.unlogged)
-        loss = sum(one for _, one in self.unlogged) / len(self.unlogged)
-        left = (run.training.train_iters - state.iteration) * (self.seconds / self.steps if self.steps else seconds)
+        results = [one for _, one in self.unlogged]
+        seconds = sum(one for one, _ in self.unlogged) / len(results)
+        samples = sum(one.batch_size for one in results) / len(results)
+        counted = [one.loss for one in results if one.updated] or [one.loss for one in results]
+        loss = sum(counted) / len(counted)
+        grad_norm = "" if math.isnan(result.grad_norm) else f" grad norm: {result.grad_norm:.3f} |"
+        skipped = sum(not one.updated for one in results)
+        not_finite = sum(bool(one.fault and one.fault.kind == "nan") for one in results)
         line = (
             f" [{datetime.datetime.now():%Y-%m-%d %H:%M:%S}]"
             f" iteration {state.iteration:8d}/{run.training.train_iters:8d} |"
             f" consumed samples: {state.consumed_samples:12d} |"
             f" elapsed time per iteration (ms): {seconds * 1000:.1f} |"
-            f" throughput per GPU (TFLOP/s/GPU): {_shown(self._tflops(seconds))} |"
+            f" throughput per GPU (TFLOP/s/GPU): {_shown(self._tflops(samples, seconds))} |"
             f" learning rate: {result.learning_rate:.6E} |"
-            f" global batch size: {run.training.global_batch_size:5d} |"
+            f" global batch size: {result.batch_size:5d} |"
             f" lm loss: {loss:.6E} |"
-            " loss scale: 1.0 |"
-            f" grad norm: {result.grad_norm:.3f} |"
-            " number of skipped iterations:   0 |"
-            " number of nan iterations:   0 |"
+            f" loss scale: {result.loss_scale:.1f} |"
+            f"{grad_norm}"
+            f" number of skipped iterations: {skipped:3d} |"
+            f" number of nan iterations: {not_finite:3d} |"
             f" mem usages: {memory:.4f} |"
-            f" time left: {datetime.timedelta(seconds=round(left))} |"
+            f" time left: {datetime.timedelta(seconds=round(self._left(state)))} |"
         )
         self.unlogged.clear()
         self.lines.append(line)
@@ -172,6 +203,15 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, start: int) -> None:
+        self.path = path
+        self._open(start)
+
+    def rewind(self, start: int) -> None:
+        self.file.close()
+        self._open(start)
+
+    def _open(self, start: int) -> None:
+        path = self.path
         kept = [line for line in _whole_lines(path) if json.loads(line)["iteration"] <= start] if start else []
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text("".join(kept))
@@ -196,9 +236,17 @@ class TensorBoard:
     """Event files; those of iterations that are trained anew are hidden."""
 
     def __init__(self, folder: Path, start: int) -> None:
+        self.folder = str(folder)
+        self._open(start)
+
+    def rewind(self, start: int) -> None:
+        self.writer.close()
+        self._open(start)
+
+    def _open(self, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        self.writer = SummaryWriter(self.folder, purge_step=start + 1 if start else None)
 
     def write(self, values: dict[str, float], iteration: int) -> None:
         for name, value in values.items():
@@ -221,6 +269,9 @@ class WeightsAndBiases:
 
     def write(self, values: dict[str, float], iteration: int) -> None:
         self.run.log(values, step=iteration)
+
+    def rewind(self, start: int) -> None:
+        """It takes no step twice: what is trained anew shows once training has come past where it was."""
 
     def close(self) -> None:
         self.run.finish()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
 from megatron_rocm.checkpoint.load import resume
@@ -21,17 +19,24 @@ from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.data import datasets
 from megatron_rocm.errors import UsageError
 from megatron_rocm.model.build import build_model, optimizer_config
+from megatron_rocm.platform import startup
 from megatron_rocm.train.batches import micro_batches
 from megatron_rocm.train.curve import draw
 from megatron_rocm.train.evaluate import validation_loss
+from megatron_rocm.train.faults import Fault
+from megatron_rocm.train.fused import fuse
 from megatron_rocm.train.log import METRICS, Log, require_sinks
-from megatron_rocm.train.step import Result, prepare, train_step
+from megatron_rocm.train.schedule import scheduler
+from megatron_rocm.train.step import Batches, prepare, train_step
 
 CURVE = "loss.png"
 
 
+MOST_ROLLBACKS = 3  # to one checkpoint
+
+
 class Diverged(Exception):
-    """The loss or the gradient is not a number any more; the message says where."""
+    """A fault of a step ends the run; the message says which and where."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,16 @@ def train(run: RunConfig) -> Outcome:
     """
     require_sinks(run)
     train_data, valid_data = open_data(run)
+    startup.done("data")
     state = build(run)
     prepare(run, state)
+    startup.done("model and optimizer")
     if run.checkpoint.save:
         prepare_folder(run)
     checkpoint = resume(run, state)
     start, last = state.iteration, run.training.train_iters
     log = Log(run, start)
+    startup.done("checkpoint and log")
     log.say(f"going on after iteration {start} from {checkpoint}" if checkpoint else "starting from initial weights")
     if start >= last:
         log.say(f"nothing to do: {start} of {last} iterations are trained. Set TOTAL_ITERS higher to go on")
@@ -66,19 +74,30 @@ def train(run: RunConfig) -> Outcome:
     evaluated = saved = start
     if valid_data and start == 0:
         stop = evaluate(run, state, valid_data, log)
-    batches = [micro_batches(run, train_data, state.consumed_samples, chunk) for chunk in state.model]
+        startup.done("evaluation")
+    batches = open_batches(run, state, train_data)
+    rollbacks = 0
     gc.disable()  # collected between steps: a rank that collects within one keeps all others waiting
     while state.iteration < last and not stop:
         began = time.perf_counter()
         result = train_step(run, state, batches)
-        must_be_finite(state, result)
         log.step(state, result, time.perf_counter() - began)
+        startup.done("first step")
+        log.say(startup.told())
         stop = result.stop
+        if result.fault:
+            log.say(told(state, result.fault))
+            if result.fault.policy == "rollback":
+                rollbacks += 1
+                saved = evaluated = roll_back(run, state, result.fault, rollbacks)
+                log.rewind(state)
+                batches = open_batches(run, state, train_data)
+                continue
         if valid_data and not stop and state.iteration % run.logging.eval_interval == 0:
             evaluated = state.iteration
             stop = evaluate(run, state, valid_data, log)
         if run.checkpoint.save and state.iteration % run.checkpoint.save_interval == 0:
-            saved, checkpoint = state.iteration, save(run, state)
+            saved, checkpoint, rollbacks = state.iteration, save(run, state), 0
             log.say(f"saved {checkpoint}")
         if state.iteration % 100 == 0:
             gc.collect()
@@ -110,6 +129,8 @@ def open_data(run: RunConfig) -> tuple[Dataset[Any], Dataset[Any] | None]:
         data.eod,
         run.model.vocab_size,
         names=("train", "valid") if evaluates else ("train",),
+        reset_position_ids=data.reset_position_ids,
+        eod_mask_loss=data.eod_mask_loss,
     )
     if train_data is None or (evaluates and valid_data is None):
         use = "train on" if train_data is None else "evaluate"
@@ -120,25 +141,8 @@ def open_data(run: RunConfig) -> tuple[Dataset[Any], Dataset[Any] | None]:
 def build(run: RunConfig) -> State:
     """Model, optimizer and schedule before the first step."""
     model = build_model(run)
-    optimizer = get_megatron_optimizer(optimizer_config(run), model, use_gloo_process_groups=False)
-    batch = run.training.global_batch_size
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=run.optimizer.lr,
-        min_lr=run.optimizer.min_lr,
-        lr_warmup_steps=run.optimizer.lr_warmup_iters * batch,  # counted in samples, as in Megatron-LM's checkpoints
-        lr_decay_steps=run.optimizer.lr_decay_iters * batch,
-        lr_decay_style="cosine",
-        start_wd=run.optimizer.weight_decay,
-        end_wd=run.optimizer.weight_decay,
-        wd_incr_steps=run.optimizer.lr_decay_iters * batch,
-        wd_incr_style="constant",
-        # On resume the position is the checkpoint's, the shape of the curve this run's.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-    return State(model, optimizer, scheduler)
+    optimizer = fuse(get_megatron_optimizer(optimizer_config(run), model, use_gloo_process_groups=False))
+    return State(model, optimizer, scheduler(run, optimizer))
 
 
 def evaluate(run: RunConfig, state: State, dataset: Dataset[Any], log: Log) -> bool:
@@ -149,13 +153,47 @@ def evaluate(run: RunConfig, state: State, dataset: Dataset[Any], log: Log) -> b
     return stop
 
 
-def must_be_finite(state: State, result: Result) -> None:
-    for name, value in (("lm loss", result.loss), ("grad norm", result.grad_norm)):
-        if not math.isfinite(value):
-            raise Diverged(
-                f"iteration {state.iteration}: the {name} is {value}, so training ends and nothing more is saved. "
-                "A lower LR, more LR_WARMUP_ITERS or PRECISION=fp32 may help; the last checkpoint is untouched"
-            )
+def open_batches(run: RunConfig, state: State, train_data: Dataset[Any]) -> Batches:
+    """This rank's micro batches from where `state` is on, for each model chunk."""
+    return [micro_batches(run, train_data, state.consumed_samples, chunk) for chunk in state.model]
+
+
+def told(state: State, fault: Fault) -> str:
+    """What became of the last step's fault, in one line. Raises Diverged where it is to end the run."""
+    said, policy = f"iteration {state.iteration}: {fault.what}", f"{fault.variable}={fault.policy}"
+    if fault.policy == "warn":
+        return f"warning: {said}. The update is made all the same ({policy})"
+    if fault.policy == "skip":
+        return f"warning: {said}. The update is left out ({policy})"
+    if fault.policy == "rollback":
+        return f"warning: {said}. Going back to the last checkpoint ({policy})"
+    raise Diverged(
+        f"{said}. Training ends and nothing more is saved ({policy}); the last checkpoint is untouched. "
+        f"A lower LR or more LR_WARMUP_ITERS may help; {fault.variable}=skip or rollback leaves the batch out"
+    )
+
+
+def roll_back(run: RunConfig, state: State, fault: Fault, times: int) -> int:
+    """Bring `state` back to the last checkpoint, but past the data of the step just done. The checkpoint's iteration.
+
+    `times` says how often that has been done since the last save. Raises Diverged where there is no checkpoint, or
+    where going back to it does not help.
+    """
+    past, policy = state.consumed_samples, f"{fault.variable}=rollback"
+    if times > MOST_ROLLBACKS:
+        raise Diverged(
+            f"iteration {state.iteration}: {fault.what}. {MOST_ROLLBACKS} times in a row training went back to the "
+            f"last checkpoint and came no further ({policy}), so it ends; the checkpoint is untouched. Try a lower LR"
+        )
+    with state.whole_parameters():
+        checkpoint = resume(run, state)
+    if not checkpoint:
+        raise Diverged(
+            f"iteration {state.iteration}: {fault.what}. There is no checkpoint yet to go back to ({policy}), so "
+            "training ends. A lower SAVE_INTERVAL saves earlier"
+        )
+    state.consumed_samples = past
+    return state.iteration
 
 
 def how_to_go_on(run: RunConfig, state: State) -> str:

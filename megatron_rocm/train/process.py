@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
+from megatron_rocm.platform import startup
 from megatron_rocm.platform.process import die_with_parent, write_whole_lines
 
 STATUS = "status.json"
@@ -23,12 +24,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_rocm.train", description="One process of a run.")
     parser.add_argument("--config", required=True, metavar="RUN.json", help="the resolved run")
     path = Path(parser.parse_args(arguments).config)
+    startup.begin()
     die_with_parent()
     write_whole_lines()
-    # megatron-core warns of fused kernels that are missing; which layers are used is decided and said already.
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    # It calls torch by names, and makes checkpoints of a class, that are on their way out.
-    warnings.filterwarnings("ignore", message="(`torch.distributed|Please use DTensor)", category=FutureWarning)
+    quiet()
     try:
         run = RunConfig.load(path)
     except (OSError, ValueError, KeyError) as error:
@@ -37,20 +36,31 @@ def main(arguments: Sequence[str]) -> int:
     return work(run)
 
 
+def quiet() -> None:
+    """Silence warnings that a user can do nothing about."""
+    # megatron-core warns of fused kernels that are missing; which layers are used is decided and said already.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    # It calls torch by names, and makes checkpoints of a class, that are on their way out.
+    warnings.filterwarnings("ignore", message="(`torch.distributed|Please use DTensor)", category=FutureWarning)
+
+
 def work(run: RunConfig) -> int:
     """Join the run and train."""
-    from megatron_rocm.platform import cpu
+    with startup.lean_imports():
+        from megatron_rocm.platform import cpu
 
-    on_cpu = cpu.install()
-    from megatron_rocm.train import distributed
-    from megatron_rocm.train.loop import Diverged, train
+        on_cpu = cpu.install()
+        from megatron_rocm.train import distributed
+        from megatron_rocm.train.loop import Diverged, train
 
+    startup.done("imports")
     try:
         must_be_the_machine(run, on_cpu)
         core_must_agree(run)
         distributed.connect(run)
         distributed.agree(run)
         distributed.form_groups(run)
+        startup.done("rendezvous")
         end = train(run)
     except (UsageError, Diverged) as error:
         usage = isinstance(error, UsageError)

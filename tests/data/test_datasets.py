@@ -62,6 +62,27 @@ def test_item(prefix):
     assert torch.equal(item["tokens"][1:], item["labels"][:-1]) and item["loss_mask"].sum() == SEQ
 
 
+def test_ends_of_documents_are_marked_in_the_same_samples(write_data, tmp_path):
+    lengths = np.random.RandomState(0).randint(1, 13, 200)
+    ids = np.split(np.arange(lengths.sum()) + 10, np.cumsum(lengths)[:-1])
+    prefix = write_data(tmp_path / "data", [np.append(one[:-1], 1) for one in ids], vocab_size=100_000)
+    plain = open_splits(prefix).train
+    files = sorted((tmp_path / "cache").iterdir())
+    marked = open_splits(prefix, reset_position_ids=True, eod_mask_loss=True).train
+    assert sorted((tmp_path / "cache").iterdir()) == files  # the index files of runs without it serve
+    for number in range(plain.size):
+        item, before = marked[number], plain[number]
+        assert torch.equal(item["tokens"], before["tokens"]) and torch.equal(item["labels"], before["labels"])
+        assert before["loss_mask"].sum() == SEQ and torch.equal(before["position_ids"], torch.arange(SEQ))
+        # As Megatron-LM has it: what is predicted from an EOD, the next document's first token, is left out.
+        assert torch.equal(item["loss_mask"] == 0, item["tokens"] == 1)
+        place, wanted = 0, []
+        for token in item["tokens"].tolist():
+            wanted.append(place)
+            place = 0 if token == 1 else place + 1
+        assert item["position_ids"].tolist() == wanted
+
+
 def test_every_epoch_has_the_same_samples_in_another_order(prefix):
     train = open_splits(prefix).train
     size = train.size

@@ -47,6 +47,10 @@ def test_the_script_trains_and_its_log_can_be_summarized(tmp_path: Path, layout:
     done = script("train_llama3.sh", *keys, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall(r"iteration +\d/ +3 \|.* lm loss: \d", done.stdout)) == 3
+    whole, parts = re.findall(r"^start-up: ([0-9.]+) s to the end of the first step \((.*)\)$", done.stdout, re.M)[0]
+    seconds = dict(part.rsplit(" ", 1) for part in parts.split(", "))
+    assert {"launcher", "torchrun", "imports", "first step"} <= seconds.keys()
+    assert sum(map(float, seconds.values())) == pytest.approx(float(whole), abs=0.5)
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {
         "run.json",
         "output_perf.log",

@@ -87,7 +87,7 @@ def test_the_plan_of_many_nodes_stays_short(nodes: int, lines: int) -> None:
 
 def test_an_empty_setting_is_taken_out_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_rocm.config import read
-    from megatron_rocm.launch.run import _environment
+    from megatron_rocm.launch.run import environment
     from megatron_rocm.platform.machine import find
     from megatron_rocm.resolve import resolve
 
@@ -95,4 +95,4 @@ def test_an_empty_setting_is_taken_out_of_the_environment(monkeypatch: pytest.Mo
     for fsdp, left in (("1", None), ("0", "1")):
         request = read("llama3", ["MODEL_SIZE=8", f"FSDP={fsdp}"], {})
         resolution = resolve(request, find("mi300x"), dict(os.environ), dry_run=True)
-        assert _environment(resolution, Path("log")).get("CUDA_DEVICE_MAX_CONNECTIONS") == left
+        assert environment(resolution, Path("log")).get("CUDA_DEVICE_MAX_CONNECTIONS") == left

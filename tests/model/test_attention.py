@@ -1,10 +1,12 @@
-"""Our attention and norm against their formulas, against megatron-core's own, and over two context-parallel ranks.
+"""Our attention and norm against their formulas, against megatron-core's own, and over context-parallel ranks.
 
-Run as a script, this file is one of two processes: it compares CP=2 with the whole sequence and exits with the verdict.
+Run as a script, this file compares attention of 2, 3 and 4 context parallel processes with the whole sequence's, and
+exits with the verdict.
 """
 
 import contextlib
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +17,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQUENCE, BATCH, HEADS, HEAD_SIZE = 16, 2, 4, 8
+# Of each row's documents: shorter than a chunk of any CP size, over several chunks, of one token, ending with a chunk.
+ROWS = {16: ((5, 1, 2, 8), (16,)), 24: ((5, 1, 2, 9, 6, 1), (24,))}
 
 
 def config(groups, **fields):
@@ -65,21 +69,35 @@ def attention(groups, cls=None, cp=None, **fields):
     return cls(config(groups, **fields), 1, AttnMaskType.causal, "self", pg_collection=process_groups)
 
 
-def inputs(groups):
+def inputs(groups, sequence=SEQUENCE):
     torch.manual_seed(5)
-    shapes = [(SEQUENCE, BATCH, n, HEAD_SIZE) for n in (HEADS, groups, groups)]
+    shapes = [(sequence, BATCH, n, HEAD_SIZE) for n in (HEADS, groups, groups)]
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
-def explicit(query, key, value):
-    """softmax(q·k / sqrt(d)) · v in FP32, head by head, each position seeing itself and what is before it."""
+def documents(lengths):
+    from megatron_rocm.model.documents import Documents
+
+    return Documents(qkv_format="sbhd", lengths=lengths)
+
+
+def explicit(query, key, value, lengths=None):
+    """softmax(q·k / sqrt(d)) · v in FP32, head by head, each position seeing itself and what is before it.
+
+    With the lengths of each row's documents, before it in its own document.
+    """
+    sequence = query.size(0)
+    number = torch.stack(
+        [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths or ((sequence,),) * BATCH]
+    )
+    elsewhere = number[:, :, None] != number[:, None, :]
     share = query.size(2) // key.size(2)
     heads = []
     for head in range(query.size(2)):
         q, k, v = query[:, :, head], key[:, :, head // share], value[:, :, head // share]
         scores = torch.einsum("sbd,tbd->bst", q, k) / math.sqrt(HEAD_SIZE)
         future = torch.ones(scores.shape[1:]).triu(1).bool()
-        heads.append(torch.einsum("bst,tbd->sbd", scores.masked_fill(future, -math.inf).softmax(-1), v))
+        heads.append(torch.einsum("bst,tbd->sbd", scores.masked_fill(future | elsewhere, -math.inf).softmax(-1), v))
     return torch.cat(heads, dim=-1)
 
 
@@ -99,6 +117,14 @@ def assert_close(found, wanted):
 def test_is_the_softmax_formula(groups):
     tensors = inputs(groups)
     assert_close(with_gradients(attention(groups), tensors), with_gradients(explicit, tensors))
+
+
+@pytest.mark.parametrize("groups", [HEADS, 2, 1], ids=["mha", "gqa", "mqa"])
+def test_documents_do_not_see_each_other(groups):
+    tensors, attend = inputs(groups), attention(groups)
+    within = with_gradients(lambda *qkv: attend(*qkv, packed_seq_params=documents(ROWS[SEQUENCE])), tensors)
+    assert_close(within, with_gradients(lambda *qkv: explicit(*qkv, ROWS[SEQUENCE]), tensors))
+    assert not torch.allclose(within[0], attend(*tensors))
 
 
 @pytest.mark.parametrize("groups", [HEADS, 2], ids=["mha", "gqa"])
@@ -136,18 +162,18 @@ def test_refuses_what_it_would_ignore(extra):
         attention(HEADS)(*inputs(HEADS), **{extra: torch.zeros(1)})
 
 
-def test_two_context_parallel_ranks_are_one(tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "WORLD_SIZE": "2"}
-    command = [sys.executable, __file__, str(tmp_path / "store")]
-    ranks = [
-        subprocess.Popen(command, env={**env, "RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in ("0", "1")
-    ]
+@pytest.mark.timeout(600)
+def test_context_parallel_ranks_are_one(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, __file__, str(tmp_path)]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        said = [rank.communicate(timeout=300)[1] for rank in ranks]
+        _, said = process.communicate(timeout=500)
     finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said[0][-2000:] + said[1][-2000:]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait()
+    assert process.returncode == 0, said[-4000:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -172,29 +198,42 @@ def test_norm_marks_its_weight(sequence_parallel):
     assert RMSNorm(config(HEADS, **fields), hidden_size=32).weight.sequence_parallel is sequence_parallel
 
 
-def compare_with_whole_sequence(store):
-    """On each of two ranks: our part of the output and gradients under CP=2 is that part of the whole's."""
-    from megatron_rocm.platform import cpu
-
-    cpu.install()
-    rank = int(os.environ["RANK"])
-    group_store = torch.distributed.FileStore(store, 2)
-    torch.distributed.init_process_group("gloo", store=group_store, rank=rank, world_size=2)
-    quarter = SEQUENCE // 4
-    mine = [slice(c * quarter, (c + 1) * quarter) for c in (rank, 3 - rank)]
-    weights = torch.randn(SEQUENCE, BATCH, HEADS * HEAD_SIZE, generator=torch.Generator().manual_seed(9))
+def compare_with_whole_sequence(store, rank, ranks):
+    """Our part of the output and gradients under context parallelism is that part of the whole's."""
+    group_store = torch.distributed.FileStore(store, ranks)
+    torch.distributed.init_process_group("gloo", store=group_store, rank=rank, world_size=ranks)
+    sequence = 24 if ranks == 3 else SEQUENCE
+    size = sequence // (2 * ranks)
+    mine = [slice(c * size, (c + 1) * size) for c in (rank, 2 * ranks - 1 - rank)]
+    weights = torch.randn(sequence, BATCH, HEADS * HEAD_SIZE, generator=torch.Generator().manual_seed(9))
 
     def part(whole):
         return torch.cat([whole[piece] for piece in mine])
 
-    for groups in (HEADS, 2):
-        whole = inputs(groups)
-        wanted = [part(t) for t in with_gradients(attention(groups), whole)]
-        parts = [part(t.detach()).requires_grad_() for t in whole]
-        out = attention(groups, cp=torch.distributed.group.WORLD)(*parts)
-        assert_close([out, *torch.autograd.grad((out * part(weights)).sum(), parts)], wanted)
+    for groups in (HEADS, 2, 1):
+        for lengths in (None, ROWS[sequence]):
+            whole = inputs(groups, sequence)
+            wanted = [part(t) for t in with_gradients(lambda *qkv, rows=lengths: explicit(*qkv, rows), whole)]
+            parts = [part(t.detach()).requires_grad_() for t in whole]
+            attend = attention(groups, cp=torch.distributed.group.WORLD)
+            out = attend(*parts, packed_seq_params=documents(lengths) if lengths else None)
+            assert_close([out, *torch.autograd.grad((out * part(weights)).sum(), parts)], wanted)
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    compare_with_whole_sequence(sys.argv[1])
+    import megatron_rocm.model.attention  # noqa: F401  # once, for all processes
+    from megatron_rocm.platform import cpu
+
+    cpu.install()
+    torch.set_num_threads(1)
+    for number in (2, 3, 4):
+        store = os.path.join(sys.argv[1], str(number))
+        fork = multiprocessing.get_context("fork").Process
+        started = [fork(target=compare_with_whole_sequence, args=(store, rank, number)) for rank in range(number)]
+        for one in started:
+            one.start()
+        for one in started:
+            one.join()
+        if any(one.exitcode for one in started):
+            sys.exit(1)

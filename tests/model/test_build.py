@@ -105,11 +105,47 @@ def test_exported_attention_is_refused_as_megatron_core_refuses_it(
                     require_attention(backend, {name: value})
 
 
-def test_recompute_is_honoured() -> None:
-    config = transformer_config(tiny_run(recompute=True, recompute_num_layers=3))
-    assert (config.recompute_granularity, config.recompute_method, config.recompute_num_layers) == ("full", "block", 3)
-    assert transformer_config(tiny_run(recompute=True)).recompute_num_layers == 4
-    assert transformer_config(tiny_run(recompute_num_layers=3)).recompute_granularity is None
+@pytest.mark.parametrize(
+    ("asked", "granularity", "method", "layers"),
+    [
+        ({}, "full", "block", 4),
+        ({"recompute_num_layers": 3}, "full", "block", 3),
+        ({"recompute_method": "uniform"}, "full", "uniform", 1),
+        ({"recompute_method": "uniform", "recompute_num_layers": 2}, "full", "uniform", 2),
+        ({"recompute_granularity": "selective"}, "selective", None, None),
+    ],
+)
+def test_recompute_is_honoured(asked: dict[str, object], granularity: str, method: str, layers: int) -> None:
+    config = transformer_config(tiny_run(recompute=True, **asked))
+    assert (config.recompute_granularity, config.recompute_method) == (granularity, method)
+    assert config.recompute_num_layers == layers
+    assert transformer_config(tiny_run(**asked)).recompute_granularity is None
+
+
+def test_modules_to_recompute() -> None:
+    fields = {"recompute": True, "recompute_granularity": "selective"}
+    assert transformer_config(tiny_run(**fields)).recompute_modules == ["core_attn"]
+    config = transformer_config(tiny_run(**fields, recompute_modules=("core_attn", "mlp")))
+    assert config.recompute_modules == ["core_attn", "mlp"]
+
+
+def test_activations_wait_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb", print)
+    gpu = {"vendor": "amd", "tier": "te", "dtype": "bf16"}
+    config = transformer_config(tiny_run(**gpu, cpu_offloading_num_layers=3))
+    assert config.cpu_offloading and config.cpu_offloading_num_layers == 3
+    assert config.cpu_offloading_activations and not config.cpu_offloading_weights
+    assert not transformer_config(tiny_run(**gpu)).cpu_offloading
+    # megatron-core itself refuses what the rules refuse.
+    for asked in ({"cpu_offloading_num_layers": 4}, {"cpu_offloading_num_layers": 1, "pp": 2}):
+        with pytest.raises(ValueError, match="[oO]ffloading"):
+            transformer_config(tiny_run(**gpu, **asked))
+
+
+def test_rotary_embeddings_of_undivided_qkv_know_no_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb", print)
+    config = transformer_config(tiny_run(vendor="amd", tier="te", dtype="bf16", reset_attention_mask=True))
+    assert config.apply_rope_fusion and not config.fused_single_qkv_rope
 
 
 def test_gradients_are_reduced_in_fp32_unless_asked() -> None:
@@ -123,3 +159,18 @@ def test_the_optimizer() -> None:
     assert config.bf16 and config.params_dtype is torch.bfloat16 and config.decoupled_weight_decay
     assert optimizer_config(tiny_run(name="sgd")).sgd_momentum == 0.9
     assert not optimizer_config(tiny_run(dtype="bf16", fsdp=True)).bf16  # FSDP's parameters are the master copy
+
+
+def test_optimizer_state_waits_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # megatron-core asks for Transformer Engine's version, which is missing here.
+    monkeypatch.setattr("megatron.core.optimizer.optimizer_config.is_te_min_version", lambda version: True)
+    fields = {"vendor": "amd", "dtype": "bf16", "dp": 2, "distributed_optimizer": True}
+    config = optimizer_config(tiny_run(**fields, cpu_offload=True, offload_fraction=0.5))
+    assert config.optimizer_cpu_offload and config.optimizer_offload_fraction == 0.5
+    # Megatron-core's hybrid optimizer reads gradients where this puts them.
+    assert config.use_precision_aware_optimizer and config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    assert config.overlap_cpu_optimizer_d2h_h2d and config.decoupled_weight_decay
+    config = optimizer_config(tiny_run(**fields))
+    assert not config.optimizer_cpu_offload and not config.use_precision_aware_optimizer
+    with pytest.raises(AssertionError, match="distributed optimizer"):
+        optimizer_config(tiny_run(**{**fields, "distributed_optimizer": False}, cpu_offload=True))

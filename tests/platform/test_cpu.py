@@ -106,6 +106,17 @@ def clip_gradients():
     assert torch.allclose(weight.grad, torch.tensor([0.6, 0.8]))
 
 
+def gradient_norm():
+    import torch
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    gradients = [torch.randn(size, generator=torch.Generator().manual_seed(1)) for size in (3, 4096, 2**20 + 1)]
+    expected = torch.linalg.vector_norm(torch.cat(gradients), dtype=torch.float64).item()
+    found = get_grad_norm_fp32(gradients, grad_stats_parallel_group=torch.distributed.group.WORLD)
+    assert abs(found - expected) < 1e-6 * expected
+
+
 def half_precision_master_weights():
     import torch
     from megatron.core.optimizer import OptimizerConfig
@@ -149,9 +160,43 @@ def torch_fsdp():
     )
 
 
+def megatron_fsdp():
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import FSDPDistributedIndex, MegatronFSDP
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mesh = torch.distributed.init_device_mesh("cpu", (1, 1), mesh_dim_names=("shards", "tp"))
+    wrapped = MegatronFSDP(
+        torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False)),
+        FSDPDistributedIndex(mesh, dp_shard_dim="shards", tp_dim="tp"),
+        DistributedDataParallelConfig(data_parallel_sharding_strategy="optim_grads_params"),
+        fsdp_unit_modules=[torch.nn.Linear],
+        device=torch.device(torch.cuda.current_device()),
+        calculate_per_token_loss=True,
+    )
+    wrapped(torch.ones(1, 2)).sum().backward()
+    wrapped.finish_grad_sync()
+    assert next(wrapped.module.parameters()).grad.to_local().abs().sum() > 0
+
+
+def megatron_fsdp_is_quiet():
+    import logging
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logging.getLogger("megatron.core.distributed.fsdp").addHandler(handler)
+    megatron_fsdp()
+    assert not said, said[0].getMessage()
+
+
 NEEDED_BY = {
     "torch.cuda.current_device": rotary_embedding,
     "torch.cuda.synchronize": timer,
+    "torch.cuda.Stream": megatron_fsdp,
+    "torch.cuda.current_stream": megatron_fsdp,
+    "Megatron-FSDP is quiet": megatron_fsdp_is_quiet,
     "torch.cuda.device_count": persistent_checkpoint_worker,
     "torch.cuda.set_device": persistent_checkpoint_worker,
     "torch.cuda.get_rng_state": rng_tracker,
@@ -167,6 +212,7 @@ NEEDED_BY = {
     "torch.empty_like": exchanged_tensor,
     "Tensor.cuda": rotary_under_context_parallelism,
     "Tensor.type": half_precision_master_weights,
+    "gradient norm": gradient_norm,
     "DeviceMesh.from_group": torch_fsdp,
 }
 

@@ -34,7 +34,7 @@ SENSIBLE = {
 SENSIBLE |= {
     "RECOMPUTE_GRANULARITY": st.sampled_from(["full", "selective"]),
     "RECOMPUTE_METHOD": st.sampled_from(["block", "uniform"]),
-    "RECOMPUTE_MODULES": st.sampled_from(["core_attn", "core_attn,mlp", "mlp layernorm", "layernorm"]),
+    "RECOMPUTE_MODULES": st.sampled_from(["core_attn", "core_attn,mlp", "mlp"]),
     "RAMPUP_BATCH_SIZE": st.sampled_from(["8 8 100", "16,16,1000", "1 1 0"]),
     "LR_DECAY_STYLE": st.sampled_from(["cosine", "linear", "constant", "WSD"]),
     "LR_WSD_DECAY_STYLE": st.sampled_from(["exponential", "linear", "cosine", "minus_sqrt"]),

@@ -58,6 +58,13 @@ def test_processes_on_a_cpu_are_the_layouts():
     assert resolved("TP=2", "NNODES=2").config.parallel.dp == 2
 
 
+def test_megatron_fsdp_shards_over_all_processes_unless_told_otherwise():
+    parallel = resolved("MEGATRON_FSDP=1", "MODEL_SIZE=8", "TARGET=mi300x").config.parallel
+    assert (parallel.tp, parallel.dp) == (1, 8)
+    parallel = resolved("MEGATRON_FSDP=1", "MODEL_SIZE=8", "TARGET=mi300x", "TP=4").config.parallel
+    assert (parallel.tp, parallel.dp, parallel.sequence_parallel) == (4, 2, True)
+
+
 def test_405_has_a_layout_of_its_own():
     config = resolved("MODEL_SIZE=405", "NNODES=16", "TARGET=mi300x").config
     parallel = config.parallel
@@ -118,6 +125,9 @@ def test_recompute_num_layers_is_honoured_and_bounded():
     assert resolved("RECOMPUTE=0", "RECOMPUTE_NUM_LAYERS=2").config.training.recompute_num_layers is None
 
 
+MI300X = ["MODEL_SIZE=8", "TARGET=mi300x"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -138,7 +148,7 @@ def test_recompute_num_layers_is_honoured_and_bounded():
         (["ENABLE_HSDP=1"], ["ENABLE_HSDP=1", "MEGATRON_FSDP=1"]),
         (
             ["ENABLE_HSDP=1", "MEGATRON_FSDP=1", "GPUS_PER_NODE=3"],
-            ["HSDP_NUM_REPLICAS=2", "3 data parallel", "one of 3"],
+            ["HSDP_NUM_REPLICAS=2", "3 data parallel", "set ENABLE_HSDP=0"],
         ),
         (["USE_DISTRIBUTED_OPTIMIZER=1", "OPTIMIZER=sgd"], ["USE_DISTRIBUTED_OPTIMIZER=1", "OPTIMIZER=sgd"]),
         (["RAMPUP_BATCH_SIZE=3 2 10", "BS=8"], ["RAMPUP_BATCH_SIZE=3 2 10", "BS=8", "multiple of increment"]),
@@ -149,6 +159,22 @@ def test_recompute_num_layers_is_honoured_and_bounded():
         (["RESET_POSITION_IDS=1"], ["RESET_POSITION_IDS=1", "RESET_ATTENTION_MASK=1"]),
         (["OPTIMIZER_CPU_OFFLOAD=1"], ["OPTIMIZER_CPU_OFFLOAD=1", "CPU"]),
         (["CPU_OFFLOADING_NUM_LAYERS=1"], ["CPU_OFFLOADING_NUM_LAYERS=1", "Transformer Engine"]),
+        (
+            ["OPTIMIZER_CPU_OFFLOAD=1", "MODEL_SIZE=8", "TARGET=mi250x"],
+            ["OPTIMIZER_CPU_OFFLOAD=1", "Transformer Engine"],
+        ),
+        (["OPTIMIZER_CPU_OFFLOAD=1", "OPTIMIZER=sgd", *MI300X], ["OPTIMIZER=sgd", "OPTIMIZER_CPU_OFFLOAD=0"]),
+        (["OPTIMIZER_CPU_OFFLOAD=1", "PRECISION=fp32", *MI300X], ["PRECISION=fp32", "PRECISION=bf16"]),
+        (["CPU_OFFLOADING_NUM_LAYERS=1", "FSDP=1", *MI300X], ["CPU_OFFLOADING_NUM_LAYERS=1", "FSDP=1"]),
+        (["CPU_OFFLOADING_NUM_LAYERS=1", "RECOMPUTE=1", *MI300X], ["CPU_OFFLOADING_NUM_LAYERS=1", "RECOMPUTE=0"]),
+        (["CPU_OFFLOADING_NUM_LAYERS=32", *MI300X], ["CPU_OFFLOADING_NUM_LAYERS=32", "below", "32 layers"]),
+        (["RESET_ATTENTION_MASK=1", "TP=4", "CP=2", *MI300X], ["RESET_ATTENTION_MASK=1", "CP=1"]),
+        (["RESET_ATTENTION_MASK=1", "PRECISION=fp32", *MI300X], ["PRECISION=fp32", "PRECISION=bf16"]),
+        (["RECOMPUTE_MODULES=layernorm"], ["RECOMPUTE_MODULES=layernorm", "core_attn, mlp, or both"]),
+        (
+            ["RECOMPUTE=1", "RECOMPUTE_METHOD=uniform", "RECOMPUTE_NUM_LAYERS=3"],
+            ["RECOMPUTE_NUM_LAYERS=3", "4 layers", "one of 1, 2, 4", "RECOMPUTE_METHOD=block"],
+        ),
         (["NODE_RANK=1"], ["NODE_RANK=1", "NNODES=1"]),
         (["TP=2", "SEQ_LENGTH=255"], ["SEQ_LENGTH=255", "256"]),
         (["LR_WARMUP_ITERS=9", "LR_DECAY_ITERS=9"], ["LR_WARMUP_ITERS=9", "LR_DECAY_ITERS=9"]),
@@ -159,6 +185,10 @@ def test_recompute_num_layers_is_honoured_and_bounded():
         (["MOCK_DATA=0"], ["MOCK_DATA=0", "DATA_PATH"]),
         (["OVERLAP_PARAM_GATHER=1", "OPTIMIZER=sgd"], ["OVERLAP_PARAM_GATHER=1", "USE_DISTRIBUTED_OPTIMIZER=1"]),
         (["FSDP=1", "MODEL_SIZE=1", "TARGET=h100"], ["FSDP=1", "MODEL_SIZE=1"]),
+        (["MEGATRON_FSDP=1"], ["DP·CP=1", "GPUS_PER_NODE", "MEGATRON_FSDP=0"]),
+        (["MEGATRON_FSDP=1", "GPUS_PER_NODE=2", "ENABLE_HSDP=1"], ["HSDP_NUM_REPLICAS=2", "none to shard over"]),
+        (["MEGATRON_FSDP=1", "GPUS_PER_NODE=8", "ENABLE_HSDP=1", "HSDP_NUM_REPLICAS=3"], ["=3 ", "8 data", "one of 2, 4"]),
+        (["MEGATRON_FSDP=1", "GPUS_PER_NODE=2", "OPTIMIZER=sgd"], ["OPTIMIZER=sgd", "OPTIMIZER=adam"]),
         (["GPUS_PER_NODE=9", "MODEL_SIZE=8", "TARGET=h100"], ["GPUS_PER_NODE=9", "8 GPUs"]),
     ],
 )

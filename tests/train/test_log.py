@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import types
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_rocm.errors import UsageError
 from megatron_rocm.train import log
 from megatron_rocm.train.batches import Indices
 from megatron_rocm.train.curve import draw
+from megatron_rocm.train.faults import Fault
 from megatron_rocm.train.step import Result
 from megatron_rocm.train.summary import summary
 
@@ -37,7 +39,7 @@ def at(iteration: int) -> Any:
 
 def test_megatron_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     speaker = speaking(monkeypatch, tmp_path, train_iters=30)
-    speaker.step(at(5), Result(6.312345678, 1.23456, 1e-4, False), 0.8123)
+    speaker.step(at(5), Result(6.312345678, 1.23456, 1e-4, False, 4), 0.8123)
     text = capsys.readouterr().out
     expected = (
         r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration        5/      30 \| consumed samples:           20 \|"
@@ -54,7 +56,7 @@ def test_a_line_is_the_mean_of_its_interval(
 ) -> None:
     speaker = speaking(monkeypatch, tmp_path, train_iters=3, log_interval=2)
     for iteration, loss in ((1, 4.0), (2, 2.0), (3, 1.0)):
-        speaker.step(at(iteration), Result(loss, 1.0, 1e-3, False), 0.1 * iteration)
+        speaker.step(at(iteration), Result(loss, 1.0, 1e-3, False, 4), 0.1 * iteration)
     speaker.close()
     lines = [text for text in capsys.readouterr().out.splitlines() if "lm loss" in text]
     assert len(lines) == 2
@@ -64,12 +66,67 @@ def test_a_line_is_the_mean_of_its_interval(
     assert [row["lm_loss"] for row in rows] == [4.0, 2.0, 1.0]
 
 
+def test_skipped_and_nan_steps_are_counted_from_line_to_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speaker = speaking(monkeypatch, tmp_path, train_iters=4, log_interval=2)
+    nan = Fault("nan", "skip", "")
+    for iteration, result in enumerate(
+        (
+            Result(3.0, math.nan, 1e-3, False, 4, loss_scale=512.0, updated=False),
+            Result(math.nan, math.nan, 1e-3, False, 4, loss_scale=512.0, updated=False, fault=nan),
+            Result(math.nan, math.nan, 1e-3, False, 4, loss_scale=512.0, updated=False, fault=nan),
+            Result(2.0, 1.5, 1e-3, False, 4, loss_scale=512.0),
+        ),
+        start=1,
+    ):
+        speaker.step(at(iteration), result, 0.1)
+    first, second = (text for text in capsys.readouterr().out.splitlines() if "lm loss" in text)
+    assert "loss scale: 512.0 | number of skipped iterations:   2 | number of nan iterations:   1 |" in first
+    assert (
+        "lm loss: 2.000000E+00 | loss scale: 512.0 | grad norm: 1.500 | number of skipped iterations:   1 |" in second
+    )
+
+
+def test_a_growing_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Time left and throughput go by samples: 10 more of 0.1 seconds each, 2 in the last step but one."""
+    speaker = speaking(monkeypatch, tmp_path, train_iters=5, rampup=(2, 2, 6))
+    for iteration, consumed in ((1, 2), (2, 4)):
+        state = types.SimpleNamespace(iteration=iteration, consumed_samples=consumed)
+        speaker.step(state, Result(1.0, 1.0, 1e-3, False, 2), 0.2)
+    text = capsys.readouterr().out.splitlines()[-1]
+    assert "global batch size:     2 |" in text and "time left: 0:00:01 |" in text
+    assert speaker.sinks and json.loads((tmp_path / log.METRICS).read_text().splitlines()[0])[
+        "tokens_per_gpu_per_s"
+    ] == pytest.approx(2 * 32 / 0.2)
+
+
+def test_steps_that_are_trained_anew_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speaker = speaking(monkeypatch, tmp_path, train_iters=9)
+    for iteration in (1, 2, 3, 4):
+        speaker.step(at(iteration), Result(float(iteration), 1.0, 1e-3, False, 4), 0.1)
+    speaker.rewind(at(2))
+    speaker.step(at(3), Result(30.0, 1.0, 1e-3, False, 4), 0.1)
+    rows = [json.loads(row) for row in (tmp_path / log.METRICS).read_text().splitlines()]
+    assert [(row["iteration"], row["lm_loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_validation_loss_that_is_no_number_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speaking(monkeypatch, tmp_path).evaluation(at(2), math.nan)
+    text = capsys.readouterr().out
+    assert "lm loss PPL: NAN" in text and "warning: the validation loss is not finite" in text
+
+
 def test_other_ranks_are_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(log.dist, "get_rank", lambda: 1)
     speaker = log.Log(tiny_run(tmp_path), 0)
-    speaker.step(at(1), Result(1.0, 1.0, 1e-3, False), 0.1)
+    speaker.step(at(1), Result(1.0, 1.0, 1e-3, False, 4), 0.1)
     speaker.evaluation(at(1), 2.0)
     speaker.close()
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
