@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -44,16 +45,19 @@ def fill(model: GPTModel, run: RunConfig) -> None:
                 _put(parameter, _shard(_whole(global_name(model, name), parameter, run), name), run)
 
 
-def _put(parameter: torch.Tensor, values: torch.Tensor, run: RunConfig) -> None:
+def _put(parameter: Any, values: torch.Tensor, run: RunConfig) -> None:
     """Copy; FSDP's parameters get this rank's rows, rounded to the type that other layouts begin with."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(values)
         return
-    mesh = parameter.device_mesh
-    rows = values.chunk(mesh.size())  # as FSDP cuts: the last ranks may have none
-    if mesh.get_local_rank() < len(rows):
-        rounded = rows[mesh.get_local_rank()].to(torch.bfloat16 if run.precision.dtype == "bf16" else torch.float32)
-        parameter.to_local().copy_(rounded)
+    local = parameter.to_local()
+    if hasattr(parameter, "megatron_fsdp_slice"):
+        mine = values.flatten()[parameter.megatron_fsdp_slice]
+    else:
+        mesh = parameter.device_mesh
+        rows = values.chunk(mesh.size())  # as FSDP-v2 cuts: the last ranks may have none
+        mine = rows[mesh.get_local_rank()] if mesh.get_local_rank() < len(rows) else values[:0]
+    local.copy_(mine.to(torch.bfloat16 if run.precision.dtype == "bf16" else torch.float32).view_as(local))
 
 
 def global_name(model: GPTModel, name: str) -> str:
@@ -67,10 +71,11 @@ def global_name(model: GPTModel, name: str) -> str:
     return f"decoder.layers.{layer.layer_number - 1}.{found.group(2)}"
 
 
-def _whole(name: str, parameter: torch.Tensor, run: RunConfig) -> torch.Tensor:
+def _whole(name: str, parameter: Any, run: RunConfig) -> torch.Tensor:
     """The undivided matrix, FP32, on the parameter's device."""
     axis, _ = SHARDS[_kind(name)]
-    shape = list(parameter.shape)
+    # Under Megatron-FSDP the parameter itself has the undivided shape; what it was made of is the tensor parallel shard.
+    shape = list(getattr(parameter, "orig_param", parameter).shape)
     shape[axis] *= mpu.get_tensor_model_parallel_world_size()
     std = run.model.init_std
     if name.endswith(RESIDUAL):

@@ -50,8 +50,9 @@ def _layer_elements(run: RunConfig) -> int:
 class Called(torch.nn.Module):
     """`module`, called: MegatronFSDP.forward runs the forward of what it wraps without that module's own hooks.
 
-    Among them is the one that ends a backward pass. Where no Float16Module lies between, every micro batch but the
-    first would add its gradients as many times as a bucket has parameters.
+    Among them is the one by which a backward pass is begun and ended. Where no Float16Module lies between, it hangs on
+    the last submodule alone (megatron_fsdp.py:1025), and what changes that one's output in place takes it away: every
+    micro batch but the first then adds its gradients as many times as a bucket has parameters.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:

@@ -129,6 +129,11 @@ def _adjust(draft: Draft) -> None:
         draft.adjust("GRAD_REDUCE_IN_BF16", False, "PRECISION=fp32 keeps FP32 gradients")
     if draft["PRECISION"] == "fp16" and draft["GRAD_REDUCE_IN_BF16"]:
         draft.adjust("GRAD_REDUCE_IN_BF16", False, "PRECISION=fp16 would reduce in FP16, which overflows")
+    if draft["PRECISION"] == "fp16" and draft["LOSS_SCALE"] is None:
+        draft.notes.append(
+            f"PRECISION=fp16: about as many of the first steps as INITIAL_LOSS_SCALE={draft['INITIAL_LOSS_SCALE']:g} has "
+            "halvings to go are skipped; set it to what an earlier run settled at"
+        )
     if draft["DETERMINISTIC"]:
         draft.adjust("USE_FLASH_ATTN", False, "DETERMINISTIC=1 leaves the choice of a kernel to Transformer Engine")
     for fully in ("FSDP", "MEGATRON_FSDP"):

@@ -101,10 +101,6 @@ def always(draft: Draft) -> bool:
     return True
 
 
-def never(draft: Draft) -> bool:
-    return False
-
-
 def _divisors(number: int, most: int = 64) -> Iterator[int]:
     return (n for n in range(1, min(number, most) + 1) if number % n == 0)
 
@@ -214,11 +210,6 @@ RULES = (
          "MEGATRON_FSDP=0"),
     Rule(("FSDP", "PP"), lambda d: d["FSDP"], lambda d: d["PP"] == 1,
          "PP={PP} with FSDP=1: FSDP shards over the whole node group what PP has already cut; set PP=1 or FSDP=0"),
-    Rule(("FSDP", "CP"), lambda d: d["FSDP"], lambda d: d["CP"] == 1,
-         "CP={CP} with FSDP=1: not in this version; set CP=1 or FSDP=0"),
-    Rule(("FSDP", "MODEL_SIZE"), lambda d: d["FSDP"], lambda d: not d.preset.tied_embeddings,
-         "FSDP=1 with MODEL_SIZE={MODEL_SIZE}: megatron-core's FSDP-v2 can't share the embedding with the output layer; "
-         "set FSDP=0"),
     Rule(("TP", "MODEL_SIZE"), always,
          lambda d: d.preset.num_attention_heads % d["TP"] == 0 and d.preset.num_query_groups % d["TP"] == 0,
          "TP={TP} does not divide the {heads} attention heads and {groups} key-value heads of {title}: "

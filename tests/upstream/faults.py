@@ -29,7 +29,7 @@ cpu.install()
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import TorchFullyShardedDataParallel, TorchFullyShardedDataParallelConfig
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.models.gpt import GPTModel
@@ -239,6 +239,104 @@ def initial_weights_depend_on_the_layout() -> tuple[float, float]:
             return norm(run)
 
     return own(tiny_run(pp=2)), own(tiny_run(dp=2))
+
+
+@fault
+def megatron_fsdp_adds_gradients_again() -> tuple[float, float]:
+    """Gradient norm of Megatron-FSDP over a bare GPTModel, as it is in FP32, that changes its logits in place."""
+
+    def in_place(self: Any, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return own(self, labels, logits.mul_(1.0))
+
+    run, wrapper = tiny_run(dp=2, megatron_fsdp=True), building.megatron_fsdp
+    own, ours = building.Llama.compute_language_model_loss, wrapper.settings
+    with mock.patch.object(building.Llama, "compute_language_model_loss", in_place):
+        right = norm(run)
+        with (
+            mock.patch.object(wrapper, "Called", lambda model: model),
+            mock.patch.object(
+                wrapper, "settings", lambda run: {**ours(run), "suggested_communication_unit_size": 10**9}
+            ),
+        ):
+            return norm(run), right
+
+
+@fault
+def megatron_fsdp_alone_doubles_gradients() -> tuple[float, float]:
+    """Gradient norm of Megatron-FSDP where each shard group is one process, of one micro batch."""
+    return norm(tiny_run(tp=2, global_batch_size=1, megatron_fsdp=True)), norm(tiny_run(tp=2, global_batch_size=1))
+
+
+@fault
+def hsdp_leaves_replicas_apart() -> tuple[float, float]:
+    """Norm of the difference of two replicas' gradients, where no no_sync_func names the last micro batch."""
+
+    def unnamed(state: State) -> None:
+        state.model[0].config.no_sync_func = None
+
+    run = tiny_run(dp=2, megatron_fsdp=True, hsdp=True)
+    return apart(run, unnamed), apart(run)
+
+
+@fault
+def megatron_fsdp_loses_sums_in_bf16() -> tuple[float, float]:
+    """Norm of the difference of two tensor parallel ranks' gradients of norms, under sequence parallelism."""
+    run = tiny_run(tp=2, sequence_parallel=True, megatron_fsdp=True, dtype="bf16", grad_reduce_in_bf16=True)
+    own = building.megatron_fsdp.adapter.MegatronFSDP.scale_gradients
+    with mock.patch.object(
+        building.megatron_fsdp.MegatronFullySharded, "scale_gradients", lambda self, by: own(self.module, by)
+    ):
+        wrong = apart(run)
+    return wrong, apart(run)
+
+
+def apart(run: RunConfig, change: Callable[[State], None] = lambda state: None) -> float:
+    """Norm of the difference of two ranks' first gradients of what is not cut by tensor parallelism."""
+    with groups(run):
+        state = loop.build(run)
+        prepare(run, state)
+        change(state)
+        forward_backward(run, state, batches_of(run, state))
+        gradients = building.megatron_fsdp.whole_gradients(state.model[0])
+        mine = torch.cat([gradient for gradient in gradients.values() if gradient.dim() == 1])
+        both = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(both, mine)
+        return float((both[0] - both[1]).norm())
+
+
+@fault
+def megatron_fsdp_drops_attributes_on_meta() -> tuple[float, float]:
+    """Parameters marked as cut by tensor parallelism, once a model on meta is wrapped: without it norms are wrong."""
+    run = tiny_run(tp=2, megatron_fsdp=True)
+
+    def marked() -> float:
+        with groups(run):
+            parameters = building.core(loop.build(run).model[0]).parameters()
+            return float(sum(getattr(parameter, "tensor_model_parallel", False) for parameter in parameters))
+
+    with mock.patch.object(building.megatron_fsdp, "_attributes_again", lambda module: lambda: None):
+        wrong = marked()
+    return wrong, marked()
+
+
+@fault
+def megatron_fsdp_makes_generators_equal() -> tuple[float, float]:
+    """Different states of the generator that tensor parallel ranks keep for themselves, after wrapping."""
+    run = tiny_run(tp=2, megatron_fsdp=True)
+
+    def states() -> float:
+        with groups(run):
+            loop.build(run)
+            mine = tensor_parallel.get_cuda_rng_tracker().get_states()["model-parallel-rng"]
+            both = [torch.empty_like(mine) for _ in range(2)]
+            dist.all_gather(both, mine)
+            return 1.0 if torch.equal(*both) else 2.0
+
+    name = "sync_rng_states_across_tp_group"
+    own = getattr(building.megatron_fsdp.adapter.FullyShardedDataParallel, name)
+    with mock.patch.object(building.megatron_fsdp.MegatronFullySharded, name, own):
+        wrong = states()
+    return wrong, states()
 
 
 if __name__ == "__main__":
