@@ -39,19 +39,19 @@ class DataParallel(DistributedDataParallel):
         for parameter in self.params_with_grad:
             parameter.grad_added_to_main_grad = False
             if parameter not in self._ours:
-                parameter.main_grad.zero_()
+                parameter.main_grad.zero_()  # type: ignore[attr-defined]
         for group in self.bucket_groups + self.expert_parallel_bucket_groups:
             group.reset()
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Reduce; a parameter that got no gradient has one of zeros."""
         for parameter in self._fresh:
-            parameter.main_grad.zero_()
+            parameter.main_grad.zero_()  # type: ignore[attr-defined]
         self._fresh.clear()
         super().finish_grad_sync(force_all_reduce=force_all_reduce)
 
     @torch.no_grad()
-    def _take(self, parameter: torch.nn.Parameter) -> None:
+    def _take(self, parameter: Any) -> None:
         buffer, grad = parameter.main_grad.view(-1), parameter.grad.reshape(-1)
         if parameter in self._fresh:
             self._fresh.remove(parameter)

@@ -74,7 +74,7 @@ def global_name(model: GPTModel, name: str) -> str:
 def _whole(name: str, parameter: Any, run: RunConfig) -> torch.Tensor:
     """The undivided matrix, FP32, on the parameter's device."""
     axis, _ = SHARDS[_kind(name)]
-    # Under Megatron-FSDP the parameter itself has the undivided shape; what it was made of is the tensor parallel shard.
+    # Under Megatron-FSDP a parameter has the undivided shape; what it was made of is the tensor parallel shard.
     shape = list(getattr(parameter, "orig_param", parameter).shape)
     shape[axis] *= mpu.get_tensor_model_parallel_world_size()
     std = run.model.init_std

@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary that tensor parallel ranks share, without a second matrix in the size of the logits."""
+"""Cross entropy over a vocabulary that tensor parallel ranks share, without a copy of the logits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, tokens: int, group: dist.Proce
     """The loss [s, b], FP32, of `labels` [s, b] under `logits` [s, b, this rank's rows of the vocabulary].
 
     The vocabulary's first `tokens` rows are tokens; what pads it after them has no part in the softmax and no gradient.
-    Logits may be of any floating type; all arithmetic is in FP32. The backward pass turns the logits into their gradient
-    in place, so that they are of use to nothing else, and once.
+    Logits may be of any floating type; all arithmetic is in FP32. The backward pass turns the logits into their
+    gradient in place, so that they are of use to nothing else, and once.
     """
     return _CrossEntropy.apply(logits, labels, tokens, group)  # type: ignore[no-any-return,no-untyped-call]
 

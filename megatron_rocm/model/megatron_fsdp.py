@@ -92,16 +92,16 @@ class MegatronFullySharded(adapter.FullyShardedDataParallel):
         whole = mpu.get_data_parallel_group(with_context_parallel=True)
         shards = mpu.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=replicas > 1)
         self.tp_group = mpu.get_tensor_model_parallel_group()
-        groups, names, sizes = [shards, self.tp_group], ("shards", "tp"), (shards.size(), self.tp_group.size())
+        groups = {"shards": shards, "tp": self.tp_group}
         outer: dict[str, Any] = {}
         if replicas > 1:
-            groups.insert(0, mpu.get_inter_distributed_optimizer_instance_group())
-            names, sizes = ("replicas", *names), (replicas, *sizes)
+            groups = {"replicas": mpu.get_inter_distributed_optimizer_instance_group(), **groups}
             outer = {"dp_outer_dim": "replicas", "hybrid_fsdp_group": whole}
         stage = whole.size() * self.tp_group.size()
         ranks = mpu.get_pipeline_model_parallel_rank() * stage + torch.arange(stage)
-        mesh = DeviceMesh.from_group(groups, "cuda", mesh=ranks.view(sizes), mesh_dim_names=names)
-        return FSDPDistributedIndex(mesh, dp_shard_dim="shards", tp_dim="tp", **outer)
+        mesh = ranks.view([group.size() for group in groups.values()])
+        device_mesh = DeviceMesh.from_group([*groups.values()], "cuda", mesh=mesh, mesh_dim_names=tuple(groups))
+        return FSDPDistributedIndex(device_mesh, dp_shard_dim="shards", tp_dim="tp", **outer)
 
     def _fix_tensor_parallel_attributes(self, module: torch.nn.Module) -> None:
         """Mark what Transformer Engine does not mark; without it the base class fails where TP > 1."""

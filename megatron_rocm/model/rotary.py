@@ -52,9 +52,10 @@ class RotarySelfAttention(SelfAttention):
 
 
 def rotate_and_divide(mixed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[s, b, groups, (queries + 2)·d] and angles [s, 1 or b, 1, d] → Q [s, b, groups·queries, d], K, V [s, b, groups, d].
+    """Q [s, b, groups·queries, d], K and V [s, b, groups, d] from QKV [s, b, groups, (queries + 2)·d].
 
-    Q and K are turned by the angles. In memory each head's tokens lie together, as attention kernels read them.
+    Q and K are turned by the angles [s, 1 or b, 1, d]. In memory each head's tokens lie together, as attention kernels
+    read them.
     """
     return _RotateAndDivide.apply(mixed, angles)  # type: ignore[no-any-return,no-untyped-call]
 

@@ -14,20 +14,20 @@ from megatron_rocm.config.request import RunRequest, read
 from megatron_rocm.errors import UsageError
 from megatron_rocm.launch.train import FAMILIES
 from megatron_rocm.parity.compare import compare
-from megatron_rocm.parity.layouts import ASKED, LAYOUTS, plan
+from megatron_rocm.parity.layouts import ASKED, LAYOUTS, WARMUP, plan
 from megatron_rocm.parity.table import plan_lines
 from megatron_rocm.platform import machine
 from megatron_rocm.platform.settings import LIBRARY_PREFIXES
 
-STEPS = 3
+STEPS = 5
 OPTIONS = ("LAYERS", "STEPS", "LAYOUTS", "PROCESSES")  # may be typed as KEY=VALUE too
 HELP = f"""megatron-rocm parity [--family {"|".join(FAMILIES)}] [--layers N] [--steps N] [--layouts A,B,…]
                      [--processes N] [KEY=VALUE …] [FILE.yaml …]
 
 Trains a few steps from the same weights on the same samples in transformers' LlamaForCausalLM in FP32, in one process
 of ours, and in every layout that this machine allows; compares losses, gradient norms before clipping, and in the first
-step the gradient of every parameter. KEY=VALUE are those of `megatron-rocm train`: your own configuration, but that
-MODEL_SIZE is tiny unless it is said. DRY_RUN=1 shows what would be run.
+step the gradient of every parameter. KEY=VALUE are those of `megatron-rocm train`: your own configuration. Unless they
+are said, MODEL_SIZE is tiny and LR_WARMUP_ITERS {WARMUP}. DRY_RUN=1 shows what would be run.
 
   --family {"|".join(FAMILIES)}  whose sizes MODEL_SIZE names [llama3]
   --layers N              cut the model to so many layers: widths as they are, in less memory and time [all]

@@ -13,8 +13,12 @@ from megatron_rocm.platform.machine import Machine
 from megatron_rocm.resolve import Resolution, resolve
 
 ASKED = "as-asked"  # the layout that the request's own variables make
+# Adam's first updates are the gradient's signs, so that at the full rate what is left of rounding is all that is seen.
+WARMUP = "10"
+OF_THE_RATE = ("LR_WARMUP_ITERS", "LR_DECAY_ITERS", "LR_WSD_DECAY_ITERS")
 FIXED_SCALE = "16"  # of an FP16 loss, which is a sum over tokens: to find the largest takes more steps than these
 ON_A_CPU = 2  # processes at most, unless asked for more: each one computes on the same cores
+FEWER = "compare with fewer layers, --layers 2"
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,14 @@ def _candidates(request: RunRequest) -> Iterator[Layout]:
 
 
 def _common(request: RunRequest, most: int) -> RunRequest:
-    """What all layouts have in common beside what was said: a model, and a batch that they can all divide."""
+    """What all layouts have in common beside what was said: a model, a warmup, a batch that they can all divide."""
     said = {name: value for name, value in request.said.items() if name not in ASIDE}
     changes = {} if "MODEL_SIZE" in said else {"MODEL_SIZE": "tiny"}
     if "BS" not in said:
         unit = int(request.text("MBS", "1")) * most
         changes["BS"] = str(-(-8 // unit) * unit)
+    if not any(name in said for name in OF_THE_RATE):
+        changes["LR_WARMUP_ITERS"] = WARMUP
     if request.text("PRECISION") == "fp16" and "LOSS_SCALE" not in said:
         changes["LOSS_SCALE"] = FIXED_SCALE
     return replace(request, said={**said, **read(request.family, _pairs(changes), {}).said})
@@ -145,7 +151,8 @@ def _resolved(layout: Layout, request: RunRequest, machine: Machine, environment
         resolution = resolve(replace(request, said=said), machine, dict(environment))
     except UsageError as error:
         if layout.name == ALONE:
-            raise UsageError(f"{error}. The reference is one process: fewer layers may fit, --layers 2") from None
+            way_out = f". The reference is one process: {FEWER}" if "can't fit" in str(error) else ""
+            raise UsageError(f"{error}{way_out}") from None
         return Planned(layout, None, str(error).split(". It takes")[0])
     return Planned(replace(layout, processes=resolution.config.parallel.world_size), resolution)
 
@@ -159,7 +166,7 @@ def _must_fit(resolution: Resolution, machine: Machine) -> None:
     if need > machine.gpu_memory:
         raise UsageError(
             f"{run.model.title} needs {need / GIB:.1f} GiB in one process, with which every layout is compared, and "
-            f"{machine.name} has {machine.gpu_memory / GIB:.1f}: compare with fewer layers, --layers 2"
+            f"{machine.name} has {machine.gpu_memory / GIB:.1f}: {FEWER}"
         )
 
 

@@ -35,7 +35,8 @@ class Row:
             return f"{self.layout:<{_NAME}}  {self.verdict}: {self.note}"
         found = self.differences
         numbers = (f"{value:.1e}" for value in (found.loss, found.norm, found.gradient))
-        return _COLUMNS.format(self.layout, *numbers, self.verdict, found.parameter)
+        whose = found.parameter if found.gradient else ""
+        return _COLUMNS.format(self.layout, *numbers, self.verdict, whose).rstrip()
 
 
 def head(run: RunConfig, steps: int) -> list[str]:
@@ -68,7 +69,7 @@ def tail(run: RunConfig, steps: int, rows: Sequence[Row]) -> list[str]:
     why = f"{allowed.why}. {LATER}." if steps > 1 else f"{allowed.why}."
     bad = [row.layout for row in rows if row.verdict in BAD]
     compared = sum(row.differences is not None for row in rows)
-    verdict = f"DIFFERENT: {', '.join(bad)}" if bad else f"all {compared} agree"
+    verdict = f"failed: {', '.join(bad)}" if bad else f"all {compared} agree"
     return [*lines, *textwrap.wrap(why, WIDTH), "", verdict]
 
 

@@ -32,10 +32,10 @@ class Tolerance:
         return next((allowed for allowed in self.steps if step <= allowed.until), self.steps[-1])
 
 
-# Measured on tiny and on models cut in layers (docs/parity.md), with a factor of ten to what was found.
+# Several times what was found (docs/parity.md).
 TOLERANCES = {
     "fp32": Tolerance(
-        1e-5, (Allowed(1, 1e-6, 1e-5), Allowed(5, 1e-5, 1e-3), Allowed(20, 1e-4, 5e-2)),
+        1e-5, (Allowed(1, 1e-6, 1e-5), Allowed(5, 5e-5, 1e-3), Allowed(20, 1e-3, 1e-1)),
         "FP32 keeps 24 bits: the same sum in another order differs by 1e-7 of its size, and 1e-6 after all layers",
     ),
     "bf16": Tolerance(

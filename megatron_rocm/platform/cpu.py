@@ -283,8 +283,8 @@ PIECES: tuple[Piece, ...] = (
     ),
     Piece(
         "gradient norm",
-        "optimizer/clip_grads.py:109: on a CPU torch.norm adds up in FP32 one after the other, and is off by 1e-5 at 10^6 "
-        "elements and 7e-4 at 10^7, otherwise in each layout",
+        "optimizer/clip_grads.py:109: on a CPU torch.norm adds up in FP32 one after the other, and is off by 1e-5 at "
+        "10^6 elements and 7e-4 at 10^7, otherwise in each layout",
         _exact_norm,
     ),
     Piece(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from support import losses, metrics, tiny_run, torchrun, train_all
+from support import ROOT, environment, losses, metrics, tiny_run, torchrun, train_all
 
 from megatron_rocm.config.schema import RunConfig
+
+pytestmark = pytest.mark.slow
 
 SHARDED = {"megatron_fsdp": True}
 HSDP = {**SHARDED, "dp": 4, "hsdp": True}
@@ -89,6 +93,23 @@ def test_goes_on_in_another_layout(runs: dict[str, RunConfig], name: str) -> Non
 @pytest.mark.parametrize("name", SAME)
 def test_goes_on_exactly(runs: dict[str, RunConfig], name: str) -> None:
     assert losses(runs[f"{name}, then"]) == losses(runs[f"{name}, whole"])[2:]
+
+
+@pytest.mark.timeout(600)
+def test_exports_to_hugging_face(runs: dict[str, RunConfig], tmp_path: Path) -> None:
+    """With the same logits; the checkpoint is HSDP's, of BF16 training."""
+    program = [sys.executable, str(ROOT / "tools" / "convert_megatron_to_hf.py")]
+    source = runs["hsdp, bf16, then"].checkpoint.save
+    done = subprocess.run(
+        [*program, str(source), str(tmp_path / "hf"), "--check"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "logits agree" in done.stdout
 
 
 @pytest.mark.timeout(300)

@@ -35,6 +35,10 @@ def halved(self: DistributedDataParallel, factor: Any) -> None:
     scale_gradients(self, factor / 2)
 
 
+def crash(*args: Any) -> None:
+    raise RuntimeError("planted")
+
+
 FAULTS = {
     "gradients not reduced over data parallel ranks": (
         DistributedDataParallel, "finish_grad_sync", lambda self, force_all_reduce=False: None
@@ -45,6 +49,7 @@ FAULTS = {
     "gradients divided by the data parallel size once more": (DistributedDataParallel, "scale_gradients", halved),
     "another rotary base": (build, "Llama", with_wrong_base),
     "no update": (measure, "update", lambda optimizer, norm: None),
+    "a crash": (measure, "build", crash),
 }  # fmt: skip
 
 

@@ -81,7 +81,8 @@ def _alone(run: RunConfig) -> RunConfig:
     """The run's model in one process, in FP32, on plain layers."""
     parallel = {
         "tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1, "world_size": 1, "nnodes": 1, "gpus_per_node": 1,
-        "fsdp": False, "sequence_parallel": False, "distributed_optimizer": False,
+        "fsdp": False, "megatron_fsdp": False, "hsdp": False, "sequence_parallel": False,
+        "distributed_optimizer": False,
     }  # fmt: skip
     changes = {
         "parallel": parallel,
