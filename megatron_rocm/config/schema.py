@@ -152,12 +152,26 @@ class Precision(Section):
     )  # fmt: skip
 
     loss_scale: float | None = var(
-        "LOSS_SCALE", None, "with PRECISION=fp16: a fixed scale of the loss", text="dynamic", state=OURS, ge=1
+        "LOSS_SCALE",
+        None,
+        "with PRECISION=fp16: a fixed scale of the loss",
+        text="dynamic",
+        state=OURS,
+        ge=1,
+        le=2.0**100,
     )
     initial_loss_scale: float = var(
-        "INITIAL_LOSS_SCALE", 2.0**32, "the dynamic loss scale's first value", text="2^32", state=OURS, ge=1
+        "INITIAL_LOSS_SCALE",
+        2.0**32,
+        "the dynamic loss scale's first value",
+        text="2^32",
+        state=OURS,
+        ge=1,
+        le=2.0**100,
     )
-    min_loss_scale: float = var("MIN_LOSS_SCALE", 1.0, "the dynamic loss scale's least value", state=OURS, gt=0)
+    min_loss_scale: float = var(
+        "MIN_LOSS_SCALE", 1.0, "the dynamic loss scale's least value", state=OURS, gt=0, le=2.0**100
+    )
     loss_scale_window: int = var(
         "LOSS_SCALE_WINDOW",
         1000,
@@ -365,8 +379,21 @@ class Hardware(Section):
     threads: int = Field(description="CPU threads per process")
 
 
-# What may differ from node to node.
-NODE_LOCAL: Any = {"launch": True, "hardware": {"gpu_memory", "threads"}}
+# What may differ from node to node: fields of a section, or all of it.
+NODE_LOCAL: dict[str, set[str] | None] = {"launch": None, "hardware": {"gpu_memory", "threads"}}
+
+
+def digest(fields: dict[str, dict[str, Any]]) -> str:
+    """16 hex digits over a run's fields, as JSON has them, but for the node-local ones.
+
+    Taken of a file's own fields, so that the file of an older version, which has fewer, is as good as a new one.
+    """
+    common = {
+        section: {name: value for name, value in values.items() if name not in (NODE_LOCAL.get(section) or ())}
+        for section, values in fields.items()
+        if NODE_LOCAL.get(section, ()) is not None
+    }
+    return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class RunConfig(Section):
@@ -387,8 +414,7 @@ class RunConfig(Section):
     @property
     def hash(self) -> str:
         """16 hex digits over everything that all nodes of a run have in common."""
-        text = json.dumps(self.model_dump(mode="json", exclude=NODE_LOCAL), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(self.model_dump(mode="json"))
 
     def save(self, path: str | Path) -> None:
         """Write as JSON with its hash; whole or not at all."""
@@ -402,10 +428,10 @@ class RunConfig(Section):
         """Read what `save` wrote. Raises ValueError where the text does not have the hash it names."""
         fields = json.loads(Path(path).read_text())
         said = fields.pop("hash")
-        run = cls.model_validate(fields)
-        if run.hash != said:
-            raise ValueError(f"{path}: the configuration was changed by hand (hash {run.hash}, file says {said})")
-        return run
+        found = digest(fields)
+        if found != said:
+            raise ValueError(f"{path}: the configuration was changed by hand (hash {found}, file says {said})")
+        return cls.model_validate(fields)
 
 
 def variables() -> Iterator[Variable]:

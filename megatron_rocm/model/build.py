@@ -178,8 +178,7 @@ def optimizer_config(run: RunConfig) -> OptimizerConfig:
         params_dtype=dtype,
         use_distributed_optimizer=run.parallel.distributed_optimizer or run.parallel.megatron_fsdp,
         overlap_param_gather=run.parallel.overlap_param_gather,
-        **_offload(run),
-        **run.core.optimizer,
+        **(_offload(run) | run.core.optimizer),
     )
 
 

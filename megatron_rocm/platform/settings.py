@@ -86,7 +86,7 @@ GEMM_TUNING = (
 # Names of libraries that a KEY=VALUE argument may set as well as the environment.
 LIBRARY_PREFIXES = (
     "NCCL_", "RCCL_", "MSCCLPP_", "GLOO_", "TORCH_", "TORCHELASTIC_", "PYTORCH_", "NVTE_", "TE_HIPBLASLT_", "HIPBLASLT_", "ROCBLAS_",
-    "HSA_", "HIP_", "ROCR_", "CUDA_", "GPU_MAX_HW_QUEUES", "OMP_", "MKL_", "UCX_", "FI_", "HF_", "AITER_", "CK_TILE_",
+    "HSA_", "HIP_", "ROCR_", "CUDA_", "CUBLAS_", "GPU_MAX_HW_QUEUES", "OMP_", "MKL_", "UCX_", "FI_", "HF_", "AITER_", "CK_TILE_",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from megatron_rocm.config.variable import BY_RULE
 from megatron_rocm.data.facts import DataFacts, parse_split
 from megatron_rocm.errors import UsageError
 from megatron_rocm.platform.machine import Machine
-from megatron_rocm.resolve.rules import RULES, Draft
+from megatron_rocm.resolve.rules import RULES, Draft, Test, shown
 
 
 def draft_of(request: RunRequest, machine: Machine, size: str, facts: DataFacts | None, nnodes: int | None) -> Draft:
@@ -51,13 +51,14 @@ def _layout_defaults(draft: Draft, family: str) -> None:
     if draft["FSDP"]:
         draft.adjust("TP", 1, "FSDP=1 shards over all processes")
         draft.adjust("SEQ_PARALLEL", False, "FSDP=1 has no tensor parallel group to split the sequence over")
+    draft.default("MEGATRON_FSDP", False)
+    fully = draft["FSDP"] or draft["MEGATRON_FSDP"]
     for name, value in preset.defaults.items():
-        if name == "PP" and draft["FSDP"] or name == "PRECISION" and machine.vendor != "cpu":
+        if name in ("TP", "PP") and fully or name == "PRECISION" and machine.vendor != "cpu":
             continue
         draft.default(name, value, f"preset {preset.title}")
     draft.default("PP", 1)
-    draft.default("MEGATRON_FSDP", False)
-    if draft["MEGATRON_FSDP"]:
+    if fully:
         draft.default("TP", 1)  # what is sharded over the data parallel processes needs no other cut
     if machine.vendor == "cpu":
         draft.default("TP", 1)
@@ -87,7 +88,6 @@ def _batch_defaults(draft: Draft, family: str) -> None:
 
 
 def _other_defaults(draft: Draft, request: RunRequest) -> None:
-    draft.default("SEQ_PARALLEL", True)
     draft.default("PRECISION", "bf16")
     draft.default("ROPE_SCALING", draft.preset.rope_scaling_factor is not None)
     draft.default("USE_FLASH_ATTN", request.family == "llama2")
@@ -110,12 +110,38 @@ def _other_defaults(draft: Draft, request: RunRequest) -> None:
     draft.default(
         "OVERLAP_PARAM_GATHER", parallel and draft["USE_DISTRIBUTED_OPTIMIZER"] and draft["OVERLAP_GRAD_REDUCE"]
     )
-    draft.default("RECOMPUTE", False)
     draft.default("RECOMPUTE_NUM_LAYERS", None)
+    room = draft["LR_DECAY_ITERS"] - draft["LR_WARMUP_ITERS"]
+    if draft.values.get("LR_DECAY_STYLE") == "WSD":
+        draft.default("LR_WSD_DECAY_ITERS", max(1, min(draft["LR_DECAY_ITERS"] // 10, room)))
 
 
 # What PyTorch's and Megatron's FSDP each do in their own way.
 OWN_WAY = ("USE_DISTRIBUTED_OPTIMIZER", "OVERLAP_GRAD_REDUCE", "OVERLAP_PARAM_GATHER", "GRADIENT_ACCUMULATION_FUSION")
+
+
+# What is read only where a switch is on: variable → what to type, and whether it is on.
+NEEDS: dict[str, tuple[str, Test]] = {
+    **dict.fromkeys(("RECOMPUTE_GRANULARITY", "RECOMPUTE_METHOD"), ("RECOMPUTE=1", lambda d: d["RECOMPUTE"])),
+    "RECOMPUTE_MODULES": (
+        "RECOMPUTE=1 RECOMPUTE_GRANULARITY=selective",
+        lambda d: d["RECOMPUTE"] and d["RECOMPUTE_GRANULARITY"] == "selective",
+    ),
+    "SPIKE_POLICY": ("SPIKE_FACTOR, above which a loss is a spike", lambda d: d["SPIKE_FACTOR"] > 0),
+    "HSDP_NUM_REPLICAS": ("ENABLE_HSDP=1", lambda d: d["ENABLE_HSDP"]),
+    **dict.fromkeys(
+        ("LR_WSD_DECAY_ITERS", "LR_WSD_DECAY_STYLE"), ("LR_DECAY_STYLE=WSD", lambda d: d["LR_DECAY_STYLE"] == "WSD")
+    ),
+    **dict.fromkeys(
+        ("LOSS_SCALE", "INITIAL_LOSS_SCALE", "MIN_LOSS_SCALE", "LOSS_SCALE_WINDOW", "HYSTERESIS"),
+        ("PRECISION=fp16", lambda d: d["PRECISION"] == "fp16"),
+    ),
+    "OPTIMIZER_OFFLOAD_FRACTION": ("OPTIMIZER_CPU_OFFLOAD=1", lambda d: d["OPTIMIZER_CPU_OFFLOAD"]),
+    **dict.fromkeys(
+        ("RESET_ATTENTION_MASK", "EOD_MASK_LOSS"),
+        ("DATA_PATH: mock data has no ends of documents", lambda d: bool(d["DATA_PATH"])),
+    ),
+}
 
 
 def _adjust(draft: Draft) -> None:
@@ -131,8 +157,8 @@ def _adjust(draft: Draft) -> None:
         draft.adjust("GRAD_REDUCE_IN_BF16", False, "PRECISION=fp16 would reduce in FP16, which overflows")
     if draft["PRECISION"] == "fp16" and draft["LOSS_SCALE"] is None:
         draft.notes.append(
-            f"PRECISION=fp16: about as many of the first steps as INITIAL_LOSS_SCALE={draft['INITIAL_LOSS_SCALE']:g} has "
-            "halvings to go are skipped; set it to what an earlier run settled at"
+            "PRECISION=fp16: the first steps are skipped until halving has brought INITIAL_LOSS_SCALE="
+            f"{draft['INITIAL_LOSS_SCALE']:g} down far enough; set it to what an earlier run settled at"
         )
     if draft["DETERMINISTIC"]:
         draft.adjust("USE_FLASH_ATTN", False, "DETERMINISTIC=1 leaves the choice of a kernel to Transformer Engine")
@@ -158,8 +184,22 @@ def _adjust(draft: Draft) -> None:
     if draft["SEQ_LENGTH"] > preset.max_position_embeddings:
         longest = preset.max_position_embeddings
         draft.notes.append(f"SEQ_LENGTH={draft['SEQ_LENGTH']} is longer than {preset.title}'s {longest} positions")
+    _adjust_recompute(draft)
+    for name, (switch, on) in NEEDS.items():
+        if draft.origins[name] not in ("default", "rule") and not on(draft):
+            draft.notes.append(f"{name}={shown(draft[name])} has no effect without {switch}")
+    if draft["NNODES"] > 1 and draft["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
+        draft.notes.append(
+            f"MASTER_ADDR={draft['MASTER_ADDR']} reaches this machine only: other hosts need node 0's address"
+        )
+    if "SAVE_CKPT_PATH" not in draft.origins or not draft["SAVE_CKPT_PATH"]:
+        draft.notes.append("SAVE_CKPT_PATH is not set: nothing is saved")
+
+
+def _adjust_recompute(draft: Draft) -> None:
+    """How many layers are recomputed: what was said, at most those that a chunk has."""
     chunks = draft.layers(draft.layers(False) is None)
-    most = max(max(stage) for stage in chunks) if chunks else preset.num_layers
+    most = max(max(stage) for stage in chunks) if chunks else draft.preset.num_layers
     if not draft["RECOMPUTE"] or draft["RECOMPUTE_GRANULARITY"] == "selective":
         if draft["RECOMPUTE_NUM_LAYERS"]:
             why = "in every layer" if draft["RECOMPUTE"] else "RECOMPUTE=0"
@@ -168,12 +208,6 @@ def _adjust(draft: Draft) -> None:
         draft.set("RECOMPUTE_NUM_LAYERS", 1 if draft["RECOMPUTE_METHOD"] == "uniform" else most, "default")
     elif draft["RECOMPUTE_NUM_LAYERS"] > most:
         draft.adjust("RECOMPUTE_NUM_LAYERS", most, "the layers a process holds")
-    if draft["NNODES"] > 1 and draft["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
-        draft.notes.append(
-            f"MASTER_ADDR={draft['MASTER_ADDR']} reaches this machine only: other hosts need node 0's address"
-        )
-    if "SAVE_CKPT_PATH" not in draft.origins or not draft["SAVE_CKPT_PATH"]:
-        draft.notes.append("SAVE_CKPT_PATH is not set: nothing is saved")
 
 
 # A switch that Transformer Engine's tier has by default → the package it needs besides.

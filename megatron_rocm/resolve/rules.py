@@ -75,6 +75,8 @@ def shown(value: Any) -> str:
     """A value as a person would type it."""
     if isinstance(value, tuple):
         return " ".join(map(str, value))
+    if value is None:
+        return "none"
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
@@ -147,8 +149,9 @@ def _ramp(draft: Draft) -> dict[str, Any]:
     way = draft["BS"] - first
     ends = first > 0 and increment > 0 and samples >= 0 and way >= 0 and way % increment == 0
     unit = _batch(draft)["unit"]
+    factors = f"MBS={draft['MBS']} × DP={draft.dp}" + (f" × PP={draft['PP']}" if draft["VPP"] > 1 else "")
     return {
-        "first": first, "increment": increment, "samples": samples, "ends": ends, "unit": unit, "dp": draft.dp,
+        "factors": factors, "first": first, "increment": increment, "samples": samples, "ends": ends, "unit": unit, "dp": draft.dp,
         "divides": first % unit == 0 and increment % unit == 0,
     }  # fmt: skip
 
@@ -244,20 +247,21 @@ RULES = (
          "set USE_DISTRIBUTED_OPTIMIZER=0"),
     Rule(("OVERLAP_PARAM_GATHER",), lambda d: d["OVERLAP_PARAM_GATHER"],
          lambda d: d["USE_DISTRIBUTED_OPTIMIZER"] and d["OVERLAP_GRAD_REDUCE"],
-         "OVERLAP_PARAM_GATHER=1 needs USE_DISTRIBUTED_OPTIMIZER=1 and OVERLAP_GRAD_REDUCE=1: set OVERLAP_PARAM_GATHER=0"),
+         "OVERLAP_PARAM_GATHER=1 with OPTIMIZER={OPTIMIZER}, DP={dp}, USE_DISTRIBUTED_OPTIMIZER={USE_DISTRIBUTED_OPTIMIZER}, "
+         "OVERLAP_GRAD_REDUCE={OVERLAP_GRAD_REDUCE}: it overlaps what the distributed optimizer (adam) gathers over DP > 1, and "
+         "needs both switches; set OVERLAP_PARAM_GATHER=0", lambda d: {"dp": d.dp}),
     Rule(("RAMPUP_BATCH_SIZE", "BS"), lambda d: d["RAMPUP_BATCH_SIZE"], lambda d: _ramp(d)["ends"],
          "RAMPUP_BATCH_SIZE={RAMPUP_BATCH_SIZE}: from {first} by steps of {increment} no batch becomes BS={BS} over {samples} "
          "samples; start and increment must be above 0, BS - start a multiple of increment and samples 0 or more", lambda d: _ramp(d)),
     Rule(("RAMPUP_BATCH_SIZE", "MBS"), lambda d: d["RAMPUP_BATCH_SIZE"], lambda d: _ramp(d)["divides"],
          "RAMPUP_BATCH_SIZE={RAMPUP_BATCH_SIZE}: every batch on the way, from {first} by steps of {increment}, must be a "
-         "multiple of MBS={MBS} × DP={dp} (and of PP with VPP) = {unit}", lambda d: _ramp(d)),
-    Rule(("LR_WSD_DECAY_ITERS", "LR_DECAY_ITERS"), lambda d: d["LR_DECAY_STYLE"] == "WSD",
-         lambda d: (d["LR_WSD_DECAY_ITERS"] or 0) <= d["LR_DECAY_ITERS"] - d["LR_WARMUP_ITERS"],
-         "LR_WSD_DECAY_ITERS={LR_WSD_DECAY_ITERS} must fit between LR_WARMUP_ITERS={LR_WARMUP_ITERS} and "
-         "LR_DECAY_ITERS={LR_DECAY_ITERS}"),
-    Rule(("NAN_POLICY", "SPIKE_POLICY", "SAVE_CKPT_PATH"), lambda d: "rollback" in (d["NAN_POLICY"], d["SPIKE_POLICY"]),
+         "multiple of {factors} = {unit}", lambda d: _ramp(d)),
+    Rule(("NAN_POLICY", "SPIKE_POLICY", "SAVE_CKPT_PATH"), lambda d: d["NAN_POLICY"] == "rollback" or d["SPIKE_POLICY"] == "rollback" and d["SPIKE_FACTOR"] > 0,
          lambda d: bool(d["SAVE_CKPT_PATH"]),
          "NAN_POLICY={NAN_POLICY}, SPIKE_POLICY={SPIKE_POLICY}: a rollback goes to this run's last checkpoint; set SAVE_CKPT_PATH"),
+    Rule(("MIN_LOSS_SCALE", "INITIAL_LOSS_SCALE"), lambda d: d["PRECISION"] == "fp16" and d["LOSS_SCALE"] is None,
+         lambda d: d["MIN_LOSS_SCALE"] <= d["INITIAL_LOSS_SCALE"],
+         "MIN_LOSS_SCALE={MIN_LOSS_SCALE} is above INITIAL_LOSS_SCALE={INITIAL_LOSS_SCALE}, where the scale begins: set it lower"),
     Rule(("SPIKE_FACTOR",), lambda d: d["SPIKE_FACTOR"] > 0, lambda d: d["SPIKE_FACTOR"] > 1,
          "SPIKE_FACTOR={SPIKE_FACTOR}: a spike is a loss above so many times the recent median; give more than 1, or 0 for off"),
     Rule(("RESET_POSITION_IDS", "RESET_ATTENTION_MASK"), lambda d: d["RESET_POSITION_IDS"], lambda d: d["RESET_ATTENTION_MASK"],
@@ -305,6 +309,10 @@ RULES = (
          lambda d: {"layers": d.preset.num_layers}),
     Rule(("LR_WARMUP_ITERS", "LR_DECAY_ITERS"), always, lambda d: d["LR_WARMUP_ITERS"] < d["LR_DECAY_ITERS"],
          "LR_WARMUP_ITERS={LR_WARMUP_ITERS} must be below LR_DECAY_ITERS={LR_DECAY_ITERS}"),
+    Rule(("LR_WSD_DECAY_ITERS", "LR_DECAY_ITERS"), lambda d: d["LR_DECAY_STYLE"] == "WSD",
+         lambda d: d["LR_WSD_DECAY_ITERS"] <= d["LR_DECAY_ITERS"] - d["LR_WARMUP_ITERS"],
+         "LR_WSD_DECAY_ITERS={LR_WSD_DECAY_ITERS} do not fit between LR_WARMUP_ITERS={LR_WARMUP_ITERS} and "
+         "LR_DECAY_ITERS={LR_DECAY_ITERS}: set at most {room}", lambda d: {"room": d["LR_DECAY_ITERS"] - d["LR_WARMUP_ITERS"]}),
     Rule(("MIN_LR", "LR"), always, lambda d: d["MIN_LR"] <= d["LR"],
          "MIN_LR={MIN_LR} is above LR={LR}: the learning rate decays from LR to MIN_LR"),
     Rule(("EVAL_ITERS", "SPLIT"), lambda d: d["EVAL_ITERS"] > 0, lambda d: d["SPLIT_SHARES"][1] > 0,

@@ -65,6 +65,8 @@ def of_overflow(run: RunConfig, scale: float) -> Fault | None:
 
 def remember(training: Training, recent: list[float], loss: float) -> list[float]:
     """`recent` with one more loss, for the steps to come; empty where no spikes are looked for."""
-    if not training.spike_factor or not math.isfinite(loss):
+    if not training.spike_factor:
+        return []
+    if not math.isfinite(loss):
         return recent
     return [*recent, loss][-WINDOW:]

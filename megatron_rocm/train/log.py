@@ -88,12 +88,12 @@ class Log:
             "mem_usage": memory_usage(),
         }
         self._write(values, state.iteration)
-        if state.iteration % self.run.logging.log_interval == 0 or state.iteration == training.train_iters:
+        goes_back = result.fault is not None and result.fault.policy == "rollback"
+        if goes_back or state.iteration % self.run.logging.log_interval == 0 or state.iteration == training.train_iters:
             self._line(state, result, values["mem_usage"])
 
     def rewind(self, state: State) -> None:
         """`state` is back at an earlier iteration: what came after it is forgotten."""
-        self.unlogged.clear()
         for sink in self.sinks:
             sink.rewind(state.iteration)
 
@@ -117,6 +117,10 @@ class Log:
         run = self.run
         for line in summary(self.lines, run.training.seq_length, run.parallel.world_size):
             self.say(line)
+        self.close_sinks()
+
+    def close_sinks(self) -> None:
+        """Have what was logged written."""
         for sink in self.sinks:
             sink.close()
 

@@ -86,13 +86,17 @@ def train(run: RunConfig) -> Outcome:
         log.say(startup.told())
         stop = result.stop
         if result.fault:
-            log.say(told(state, result.fault))
-            if result.fault.policy == "rollback":
-                rollbacks += 1
-                saved = evaluated = roll_back(run, state, result.fault, rollbacks)
-                log.rewind(state)
-                batches = open_batches(run, state, train_data)
-                continue
+            try:
+                log.say(told(state, result.fault, result.updated))
+                if result.fault.policy == "rollback":
+                    rollbacks += 1
+                    saved = evaluated = roll_back(run, state, result.fault, rollbacks)
+                    log.rewind(state)
+                    batches = open_batches(run, state, train_data)
+                    continue
+            except Diverged:
+                log.close_sinks()
+                raise
         if valid_data and not stop and state.iteration % run.logging.eval_interval == 0:
             evaluated = state.iteration
             stop = evaluate(run, state, valid_data, log)
@@ -158,11 +162,12 @@ def open_batches(run: RunConfig, state: State, train_data: Dataset[Any]) -> Batc
     return [micro_batches(run, train_data, state.consumed_samples, chunk) for chunk in state.model]
 
 
-def told(state: State, fault: Fault) -> str:
+def told(state: State, fault: Fault, updated: bool) -> str:
     """What became of the last step's fault, in one line. Raises Diverged where it is to end the run."""
     said, policy = f"iteration {state.iteration}: {fault.what}", f"{fault.variable}={fault.policy}"
     if fault.policy == "warn":
-        return f"warning: {said}. The update is made all the same ({policy})"
+        became = "The update is made all the same" if updated else "FP16 leaves out the update, as of every overflow"
+        return f"warning: {said}. {became} ({policy})"
     if fault.policy == "skip":
         return f"warning: {said}. The update is left out ({policy})"
     if fault.policy == "rollback":

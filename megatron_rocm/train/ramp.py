@@ -6,6 +6,8 @@ position to itself and hands it out by a global; here the samples consumed so fa
 
 from __future__ import annotations
 
+import math
+
 from megatron_rocm.config.schema import Training
 
 
@@ -29,7 +31,11 @@ def micro_batches(training: Training, consumed: int) -> int:
 def samples_of(training: Training, consumed: int, steps: int) -> int:
     """Samples that so many steps take, from `consumed` on."""
     reached = consumed
-    while steps and batch_size(training, reached) < training.global_batch_size:
-        reached += batch_size(training, reached)
-        steps -= 1
+    while steps and (size := batch_size(training, reached)) < training.global_batch_size:
+        assert training.rampup
+        start, increment, samples = training.rampup
+        number, increments = (size - start) // increment, (training.global_batch_size - start) // increment
+        taken = min(steps, max(1, math.ceil(((number + 1) * samples / increments - reached) / size)))
+        reached += taken * size
+        steps -= taken
     return reached - consumed + steps * training.global_batch_size

@@ -78,7 +78,7 @@ def train_step(run: RunConfig, state: State, batches: Batches) -> Result:
         found = faults.of_overflow(run, scale) if overflow else faults.of_gradient(training, grad_norm)
         if found and not fault:
             fault = _with_place(run, state, recorded, losses, found)
-            if not overflow:
+            if not (overflow or found.leaves_out):
                 optimizer.prepare_grads()  # those of the second computation, which are the same
         updated = not (overflow or (fault and fault.leaves_out))
     if updated:

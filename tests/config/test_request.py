@@ -70,7 +70,7 @@ def test_library_settings_are_handed_on():
         ("MCORE=0", ["MCORE=0", "no others upstream"]),
         ("TE_FP8=1", ["TE_FP8=1", "not in this version"]),
         ("RAMPUP_BATCH_SIZE=8,8", ["RAMPUP_BATCH_SIZE=8,8", "three whole numbers: start increment samples"]),
-        ("RECOMPUTE_MODULES=attention", ["RECOMPUTE_MODULES=attention", "core_attn, mlp and layernorm"]),
+        ("RECOMPUTE_MODULES=attention", ["RECOMPUTE_MODULES=attention", "core_attn, mlp, or both"]),
         ("LR_DECAY_STYLE=step", ["LR_DECAY_STYLE=step", "cosine, linear, constant, WSD"]),
         ("core.ddp.use_megatron_fsdp=1", ["set MEGATRON_FSDP"]),
         ("CKPT_FORMAT=torch", ["CKPT_FORMAT=torch", "torch_dist"]),

@@ -154,7 +154,8 @@ MI300X = ["MODEL_SIZE=8", "TARGET=mi300x"]
         (["RAMPUP_BATCH_SIZE=3 2 10", "BS=8"], ["RAMPUP_BATCH_SIZE=3 2 10", "BS=8", "multiple of increment"]),
         (["RAMPUP_BATCH_SIZE=3 5 10", "BS=8", "MBS=2"], ["RAMPUP_BATCH_SIZE=3 5 10", "MBS=2"]),
         (["LR_DECAY_STYLE=WSD", "LR_WSD_DECAY_ITERS=13"], ["LR_WSD_DECAY_ITERS=13", "LR_DECAY_ITERS=12"]),
-        (["SPIKE_POLICY=rollback"], ["SPIKE_POLICY=rollback", "SAVE_CKPT_PATH"]),
+        (["SPIKE_POLICY=rollback", "SPIKE_FACTOR=3"], ["SPIKE_POLICY=rollback", "SAVE_CKPT_PATH"]),
+        (["PRECISION=fp16", "INITIAL_LOSS_SCALE=1", "MIN_LOSS_SCALE=4"], ["MIN_LOSS_SCALE=4", "INITIAL_LOSS_SCALE=1"]),
         (["SPIKE_FACTOR=0.5"], ["SPIKE_FACTOR=0.5", "more than 1"]),
         (["RESET_POSITION_IDS=1"], ["RESET_POSITION_IDS=1", "RESET_ATTENTION_MASK=1"]),
         (["OPTIMIZER_CPU_OFFLOAD=1"], ["OPTIMIZER_CPU_OFFLOAD=1", "CPU"]),
@@ -183,7 +184,7 @@ MI300X = ["MODEL_SIZE=8", "TARGET=mi300x"]
         (["SPLIT=0,1,0"], ["SPLIT=0,1,0", "above 0"]),
         (["SPLIT=1,0,0", "EVAL_ITERS=1"], ["EVAL_ITERS=1", "SPLIT=1,0,0"]),
         (["MOCK_DATA=0"], ["MOCK_DATA=0", "DATA_PATH"]),
-        (["OVERLAP_PARAM_GATHER=1", "OPTIMIZER=sgd"], ["OVERLAP_PARAM_GATHER=1", "USE_DISTRIBUTED_OPTIMIZER=1"]),
+        (["OVERLAP_PARAM_GATHER=1", "OPTIMIZER=sgd"], ["OVERLAP_PARAM_GATHER=1", "OPTIMIZER=sgd"]),
         (["MEGATRON_FSDP=1"], ["DP·CP=1", "GPUS_PER_NODE", "MEGATRON_FSDP=0"]),
         (["MEGATRON_FSDP=1", "GPUS_PER_NODE=2", "ENABLE_HSDP=1"], ["HSDP_NUM_REPLICAS=2", "none to shard over"]),
         (
@@ -283,3 +284,33 @@ def test_torch_is_not_imported():
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'megatron.core')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "switch"),
+    [
+        ("SPIKE_POLICY=stop", "SPIKE_FACTOR"),
+        ("RECOMPUTE_GRANULARITY=selective", "RECOMPUTE=1"),
+        ("HSDP_NUM_REPLICAS=4", "ENABLE_HSDP=1"),
+        ("LR_WSD_DECAY_ITERS=3", "LR_DECAY_STYLE=WSD"),
+        ("LOSS_SCALE=16", "PRECISION=fp16"),
+        ("EOD_MASK_LOSS=1", "DATA_PATH"),
+    ],
+)
+def test_what_has_no_effect_is_said(argument, switch):
+    assert any(note.startswith(f"{argument.split('.')[0]} has no effect without {switch}") for note in notes(argument))
+
+
+def notes(*arguments):
+    return [note.replace("=16.0 ", "=16 ") for note in resolved(*arguments).notes]
+
+
+def test_wsd_decays_within_what_the_warmup_leaves():
+    run = resolved("LR_DECAY_STYLE=WSD", "TOTAL_ITERS=100", "LR_WARMUP_ITERS=95").config
+    assert run.optimizer.wsd_decay_iters == 5
+
+
+@pytest.mark.parametrize("fully", ["FSDP=1", "MEGATRON_FSDP=1"])
+def test_fully_sharded_405b_takes_nothing_of_the_presets_cuts(fully):
+    parallel = resolved(fully, "MODEL_SIZE=405", "NNODES=16", "TARGET=mi300x").config.parallel
+    assert (parallel.tp, parallel.pp, parallel.dp) == (1, 1, 128)

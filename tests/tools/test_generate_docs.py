@@ -28,6 +28,14 @@ def test_pages_are_current():
     assert generator().main(["--check"]) == 0
 
 
+def test_a_remark_is_no_refusal():
+    assert generator().refusal({"PRECISION": "fp16", "TP": "2"}) is None
+
+
+def test_a_changed_wish_is_a_refusal():
+    assert "becomes" in generator().refusal({"FSDP": "1", "TP": "2"})
+
+
 def test_every_variable_of_the_guide_has_a_state():
     page = generator().variables_page()
     assert [name for name in GUIDE if f"| `{name}` |" not in page] == []

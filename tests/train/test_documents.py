@@ -18,6 +18,7 @@ EOD = 1
 PASSES = str(Path(__file__).with_name("document_passes.py"))
 RESET = {"reset_attention_mask": True, "reset_position_ids": True}
 SHARDED = {"dp": 2, "distributed_optimizer": True}
+UNIFORM = {"recompute": True, "recompute_method": "uniform", "recompute_num_layers": 2}
 LAYOUTS = {
     "tp, sequence parallel": {"tp": 2, "sequence_parallel": True},
     "tp, sequence parallel, recompute": {"tp": 2, "sequence_parallel": True, "recompute": True},
@@ -28,6 +29,9 @@ LAYOUTS = {
     "cp, recompute": {"cp": 2, "recompute": True},
     "dp": {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True, "micro_batch_size": 1},
     "fsdp": {"dp": 2, "fsdp": True, "micro_batch_size": 1},
+    "fsdp, layers recomputed in units": {"dp": 2, "fsdp": True, **UNIFORM, "micro_batch_size": 1},
+    "fsdp, cp": {"cp": 2, "fsdp": True},
+    "megatron fsdp": {"dp": 2, "megatron_fsdp": True, "micro_batch_size": 1},
     "fsdp, recompute": {"dp": 2, "fsdp": True, "recompute": True, "micro_batch_size": 1},
 }
 

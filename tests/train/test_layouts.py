@@ -33,6 +33,7 @@ LAYOUTS = {
     "fsdp, recompute": {"dp": 2, "fsdp": True, "recompute": True},
     "tied, tp": {"tp": 2, "tied_embeddings": True},
     "tied, pp": {"pp": 2, "tied_embeddings": True},
+    "fsdp, cp": {"cp": 2, "fsdp": True},
     "tied, fsdp": {"dp": 2, "fsdp": True, "tied_embeddings": True},
 }
 # In BF16 both keep FP32 master copies, and add up and reduce gradients in FP32.
