@@ -26,8 +26,8 @@ venv: ## make .venv, or update it if what it is made from has changed
 demo: venv ## train a small Llama on real text, then let it write (ARGS: KEY=VALUE)
 	@$(bin)/megatron-rocm demo $(ARGS)
 
-test: venv ## run the tests (ARGS: pytest's arguments)
-	@$(bin)/python -m pytest $(ARGS)
+test: venv ## run the tests, two files at a time (ARGS: pytest's arguments)
+	@$(bin)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: venv ## check the style, the shell scripts and the types
 	$(bin)/ruff check .

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-# Of one operand, per thread: a few of them fit a core's second-level cache (1 to 2 MiB on servers).
-CACHE = 1 << 18
+# Of one operand, per thread: about a core's second-level cache (1 to 2 MiB on servers), and few kernels.
+CACHE = 1 << 20
 # A GPU's kernels are better off with all rows at once; blocks only bound what is held besides.
 MEMORY = 1 << 28
 

@@ -8,7 +8,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 # Elements at a time: of a sum of two types torch first makes a copy on a CPU, which then stays in cache.
-BLOCK = 1 << 16
+BLOCK = 1 << 18
 
 
 class DataParallel(DistributedDataParallel):

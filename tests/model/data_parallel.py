@@ -15,7 +15,7 @@ class Net(torch.nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
-        shapes = {"table": (300, 256), "wide": (256, 300), "bias": (300,), "late": (7,)}
+        shapes = {"table": (300, 1024), "wide": (1024, 300), "bias": (300,), "late": (7,)}
         for name, shape in shapes.items():
             values = torch.randn(shape, generator=generator).to(dtype)
             setattr(self, name, torch.nn.Parameter(values))
