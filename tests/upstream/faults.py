@@ -34,6 +34,7 @@ from megatron.core.distributed import TorchFullyShardedDataParallel, TorchFullyS
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.utils import local_multi_tensor_l2_norm
 
 from megatron_rocm.checkpoint.state import State
 from megatron_rocm.model import build as building
@@ -228,6 +229,14 @@ def fused_cross_entropy_rounds_to_bf16() -> tuple[float, float]:
         group = parallel_state.get_tensor_model_parallel_group()
         fused_vocab_parallel_cross_entropy(logits, torch.zeros(1, 1, dtype=torch.long), group).sum().backward()
         return float(logits.grad[0, 0, 0]), 1 / 3 - 1
+
+
+@fault
+def norm_added_up_one_after_the_other() -> tuple[float, float]:
+    """Norm of 10^7 numbers on a CPU."""
+    numbers = torch.rand(10**7, generator=torch.Generator().manual_seed(0))
+    norm, _ = local_multi_tensor_l2_norm(0, None, [[numbers]], False)
+    return float(norm), float(numbers.double().norm())
 
 
 @fault
