@@ -97,15 +97,17 @@ def check(asked, machine):
     assert dry_run.text(result)
 
 
-def without_fused_rope(run: RunConfig) -> RunConfig:
-    """The one thing megatron-core looks for Transformer Engine itself for, which this machine does not have."""
-    return run.model_copy(update={"precision": run.precision.model_copy(update={"rope_fusion": False})})
+def without_transformer_engine(run: RunConfig) -> RunConfig:
+    """Without the two things that megatron-core looks for it for, which this machine does not have."""
+    precision = run.precision.model_copy(update={"rope_fusion": False})
+    optimizer = run.optimizer.model_copy(update={"cpu_offload": False})
+    return run.model_copy(update={"precision": precision, "optimizer": optimizer})
 
 
 def accepted_by_megatron_core(run: RunConfig) -> None:
-    transformer_config(without_fused_rope(run))
+    transformer_config(without_transformer_engine(run))
     ddp_config(run)
-    optimizer_config(run)
+    optimizer_config(without_transformer_engine(run))
     parallel, training = run.parallel, run.training
     assert parallel.world_size == parallel.tp * parallel.pp * parallel.cp * parallel.dp
     assert training.global_batch_size == training.micro_batch_size * parallel.dp * training.num_micro_batches

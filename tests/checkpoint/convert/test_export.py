@@ -118,7 +118,7 @@ def refused(source: Path, **options) -> str:
     out = source.with_name("out")
     with pytest.raises(UsageError) as error:
         export(source, out, **options)
-    assert [path.name for path in out.parent.iterdir() if "out" in path.name] == []
+    assert [path.name for path in out.parent.iterdir() if path.name.lstrip(".").startswith("out")] == []
     return str(error.value)
 
 
