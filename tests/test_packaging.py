@@ -68,7 +68,8 @@ def imports(path: Path) -> Iterator[tuple[str, bool, int]]:
 def undeclared(folders: list[Path], at_import: set[str], lazily: set[str]) -> list[str]:
     """ "file:line imports name" of each third-party import whose distribution is not allowed there."""
     providers = importlib.metadata.packages_distributions()
-    ours = {"megatron_rocm", *(path.name for path in (ROOT / "tests").glob("*")), *(path.stem for name in ("tests", "tools") for path in (ROOT / name).rglob("*.py"))}
+    files = (path for name in ("tests", "tools") for path in (ROOT / name).rglob("*.py"))
+    ours = {"megatron_rocm", *(path.name for path in (ROOT / "tests").glob("*")), *(path.stem for path in files)}
     found = []
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         for name, lazy, line in imports(path):

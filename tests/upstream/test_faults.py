@@ -10,8 +10,8 @@ import pytest
 from support import ROOT, tiny_run, torchrun
 
 FAULTS = Path(__file__).with_name("faults.py")
-# Shown, and nothing required of them: whether gloo has sent what is freed is a matter of time, and how a CPU adds up one
-# of its kind.
+# Shown, and nothing required of them: whether gloo has sent what is freed is a matter of time, and a CPU adds up in an
+# order of its own.
 UNSTEADY = {"outputs_freed_while_gloo_sends_them", "norm_added_up_one_after_the_other"}
 NAMES = re.findall(r"^@fault\ndef (\w+)", FAULTS.read_text(), re.MULTILINE)
 
