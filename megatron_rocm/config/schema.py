@@ -74,13 +74,8 @@ class Parallel(Section):
     )
     pp: int = var("PP", BY_RULE, "pipeline parallel size", text="1; 8 for 405", ge=1, le=MOST_PROCESSES)
     vpp: int = var(
-        "VPP",
-        1,
-        "model chunks per pipeline stage (interleaved schedule); 1 is off",
-        state=OURS,
-        ge=1,
-        le=MOST_PROCESSES,
-    )
+        "VPP", 1, "model chunks per pipeline stage (interleaved schedule); 1 is off", state=OURS, ge=1, le=MOST_PROCESSES,
+    )  # fmt: skip
     cp: int = var("CP", 1, "context parallel size", ge=1, le=MOST_PROCESSES)
     dp: int
     sequence_parallel: bool = var("SEQ_PARALLEL", True, "split the sequence in norms and dropouts too; needs TP > 1")
@@ -141,45 +136,24 @@ class Precision(Section):
         note="on a GPU, in bf16: in fp32 megatron-core's fused kernel rounds gradients to BF16",
     )  # fmt: skip
     cross_entropy_fusion_impl: Literal["te", "native"] = var(
-        "CROSS_ENTROPY_FUSION_IMPL",
-        "te",
-        "whose fused cross entropy",
-        note="native where Transformer Engine is missing",
-    )
+        "CROSS_ENTROPY_FUSION_IMPL", "te", "whose fused cross entropy", note="native where Transformer Engine is missing",
+    )  # fmt: skip
     flash_attention: bool = var(
         "USE_FLASH_ATTN", BY_RULE, "flash attention instead of Transformer Engine's fused one",
         text="1 for Llama 2, 0 for Llama 3", note="without Transformer Engine always torch's own flash kernel",
     )  # fmt: skip
-
     loss_scale: float | None = var(
-        "LOSS_SCALE",
-        None,
-        "with PRECISION=fp16: a fixed scale of the loss",
-        text="dynamic",
-        state=OURS,
-        ge=1,
-        le=2.0**100,
-    )
+        "LOSS_SCALE", None, "with PRECISION=fp16: a fixed scale of the loss", text="dynamic", state=OURS, ge=1, le=2.0**100,
+    )  # fmt: skip
     initial_loss_scale: float = var(
-        "INITIAL_LOSS_SCALE",
-        2.0**32,
-        "the dynamic loss scale's first value",
-        text="2^32",
-        state=OURS,
-        ge=1,
-        le=2.0**100,
-    )
+        "INITIAL_LOSS_SCALE", 2.0**32, "the dynamic loss scale's first value", text="2^32", state=OURS, ge=1, le=2.0**100,
+    )  # fmt: skip
     min_loss_scale: float = var(
         "MIN_LOSS_SCALE", 1.0, "the dynamic loss scale's least value", state=OURS, gt=0, le=2.0**100
     )
     loss_scale_window: int = var(
-        "LOSS_SCALE_WINDOW",
-        1000,
-        "steps without overflow after which the loss scale doubles",
-        state=OURS,
-        ge=1,
-        le=MOST,
-    )
+        "LOSS_SCALE_WINDOW", 1000, "steps without overflow after which the loss scale doubles", state=OURS, ge=1, le=MOST,
+    )  # fmt: skip
     hysteresis: int = var("HYSTERESIS", 2, "overflows after which the loss scale halves", state=OURS, ge=1, le=MOST)
 
 
@@ -231,19 +205,11 @@ class Training(Section):
         "SPIKE_POLICY", "warn", "on a loss above SPIKE_FACTOR: the same choices", state=OURS
     )
     spike_factor: float = var(
-        "SPIKE_FACTOR",
-        0.0,
-        "a loss above so many times the recent median is a spike; 0 is off",
-        state=OURS,
-        ge=0,
-        le=MOST,
-    )
+        "SPIKE_FACTOR", 0.0, "a loss above so many times the recent median is a spike; 0 is off", state=OURS, ge=0, le=MOST,
+    )  # fmt: skip
     deterministic: bool = var(
-        "DETERMINISTIC",
-        False,
-        "the same bits in every repetition, at some speed: deterministic kernels alone",
-        state=OURS,
-    )
+        "DETERMINISTIC", False, "the same bits in every repetition, at some speed: deterministic kernels alone", state=OURS,
+    )  # fmt: skip
 
 
 class Optimizer(Section):
@@ -287,11 +253,8 @@ class Data(Section):
     )
     split: str = var("SPLIT", "99,1,0", "shares of training, validation and test documents", state=OURS)
     cache_path: str | None = var(
-        "DATA_CACHE_PATH",
-        BY_RULE,
-        "folder for index files, shared by all nodes",
-        text="`cache` beside the first prefix",
-    )
+        "DATA_CACHE_PATH", BY_RULE, "folder for index files, shared by all nodes", text="`cache` beside the first prefix",
+    )  # fmt: skip
     tokenizer_type: Literal["HuggingFaceTokenizer", "Llama2Tokenizer"] = var(
         "TOKENIZER_TYPE", "HuggingFaceTokenizer", "HuggingFaceTokenizer or Llama2Tokenizer (a SentencePiece file)"
     )
