@@ -32,7 +32,7 @@ OURS = {
         "num_layers": "MODEL_SIZE", "hidden_size": "MODEL_SIZE", "ffn_hidden_size": "MODEL_SIZE",
         "num_attention_heads": "MODEL_SIZE", "num_query_groups": "MODEL_SIZE", "kv_channels": "MODEL_SIZE",
         "normalization": "", "layernorm_epsilon": "", "gated_linear_unit": "", "activation_func": "",
-        "add_bias_linear": "", "hidden_dropout": "", "attention_dropout": "", "init_method_std": "",
+        "add_bias_linear": "", "add_qkv_bias": "", "hidden_dropout": "", "attention_dropout": "", "init_method_std": "",
         "params_dtype": "PRECISION", "pipeline_dtype": "PRECISION", "bf16": "PRECISION", "fp16": "PRECISION",
         "tensor_model_parallel_size": "TP", "pipeline_model_parallel_size": "PP",
         "virtual_pipeline_model_parallel_size": "VPP", "context_parallel_size": "CP",

@@ -27,6 +27,8 @@ _TORCH_ONLY = {
     "num_moe_experts": None,
     "window_size": None,
     "softmax_type": "vanilla",
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
     "fp8": None,
     "fp4": None,
 }

@@ -76,7 +76,7 @@ def train_step(run: RunConfig, state: State, batches: Batches) -> Result:
     if not (fault and fault.leaves_out):
         grad_norm, overflow = gradient_norm(optimizer)
         found = faults.of_overflow(run, scale) if overflow else faults.of_gradient(training, grad_norm)
-        if found and not fault:
+        if found and (not fault or fault.kind == "spike"):  # of the two a gradient that is not finite is the worse
             fault = _with_place(run, state, recorded, losses, found)
             if not (overflow or found.leaves_out):
                 optimizer.prepare_grads()  # those of the second computation, which are the same
