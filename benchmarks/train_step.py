@@ -4,19 +4,23 @@
     python benchmarks/train_step.py [--rounds 12] [--precision fp32|bf16|all]
 
 All train the same Llama on the same kind of batch: forward, backward, clipping to a norm of 1, AdamW. Each contender is
-a process of its own, which lives through all rounds; in each round every contender does one step, alone, in an order
-that turns from round to round. So a ratio compares two steps that were seconds apart, and its 95 % interval (bootstrap
-over the rounds, of the median) says how far the machine's unrest could have moved it. Where others use the machine too,
-the processes' CPU time is the better measure. Peak memory is the whole process's, libraries included; on a GPU, what
+a process of its own, which lives through all rounds; in each round every contender does two steps, alone, in an order
+that turns from round to round, and the faster counts: what others take of the machine makes a step slower, never
+faster. So a ratio compares two steps that were seconds apart, and its 95 % interval (bootstrap over the rounds, of the
+median) says how far the machine's unrest could have moved it. Where others use the machine all the time, the processes'
+CPU time is the better measure. Peak memory is the whole process's, libraries included; on a GPU, what
 torch has allocated.
 
     megatron-rocm         the step of `train_llama3.sh` in one process, by the same code; BF16 has FP32 master weights
     transformers          LlamaForCausalLM, not compiled, SDPA, loss by `labels=`, torch's fused AdamW without decay of
                           norms, gradients set to None; FP32 weights, in BF16 under torch.autocast, which makes them
                           FP32 master weights, as ours
+    …, with our malloc    the same in the environment that our launcher gives processes on a CPU, where large blocks of
+                          memory are not handed back to the kernel and taken anew in each step: what is left then is
+                          the work itself
     transformers, pure    weights, gradients and AdamW's moments all in BF16: less work and memory, at a loss of
                           precision; for information
-    torchtitan            its Llama 3 with layers and loss compiled, as its trainer does, FP32 weights under
+    torchtitan            0.2: its Llama 3 with layers and loss compiled, as its trainer does, FP32 weights under
                           torch.autocast; its output layer is not tied
 
 The shape on a CPU is Llama 3.2 1B with a quarter of its width and vocabulary and half of its layers; on a GPU it is
@@ -41,7 +45,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parent.parent
+STEPS = 2  # of each contender in a round
 WARMUP = 2  # steps before the first round: allocators, kernels' choices, AdamW's state
 LR, BETAS, EPS, DECAY, CLIP = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
@@ -73,18 +80,12 @@ SHAPES = {
 }
 
 
-def ours(shape: Shape, precision: str) -> Step:
-    """megatron-rocm's own step for a run of one process."""
+def resolved(shape: Shape, precision: str) -> Any:
+    """Our run of one process: its configuration, but for the shape, and its environment."""
     sys.path.insert(0, str(ROOT))
-    from megatron_rocm.platform import cpu
-
-    cpu.install()
-    import torch
-
     from megatron_rocm.config.request import read
     from megatron_rocm.platform import machine
     from megatron_rocm.resolve import resolve
-    from megatron_rocm.train import distributed, loop, step
 
     words = [
         "MODEL_SIZE=1", f"MBS={shape.sequences}", f"BS={shape.sequences}", f"SEQ_LENGTH={shape.length}", "TP=1",
@@ -92,7 +93,19 @@ def ours(shape: Shape, precision: str) -> Step:
         *(["TARGET=cpu"] if shape.device == "cpu" else []),
     ]  # fmt: skip
     request = read("llama3", words, {}, ())
-    run = resolve(request, machine.find(request.text("TARGET"), {}), {}).config
+    return resolve(request, machine.find(request.text("TARGET"), {}), {})
+
+
+def ours(shape: Shape, precision: str) -> Step:
+    """megatron-rocm's own step for a run of one process."""
+    run = resolved(shape, precision).config
+    from megatron_rocm.platform import cpu
+
+    cpu.install()
+    import torch
+
+    from megatron_rocm.train import distributed, loop, step
+
     padded = -(-shape.vocabulary // 128) * 128
     sizes = {
         "num_layers": shape.layers, "hidden_size": shape.hidden, "ffn_hidden_size": shape.ffn,
@@ -197,26 +210,38 @@ class Contender:
     needs: tuple[str, ...]
     devices: tuple[str, ...] = ("cpu", "gpu")
     mode: str = ""  # what `make` is told, where it is not the precision
+    settings: bool = False  # whether its process has the environment that our launcher makes
 
     def build(self, shape: Shape) -> Step:
         return self.make(shape, self.mode or self.precision)
 
 
 CONTENDERS = {
-    "ours_fp32": Contender("megatron-rocm", "fp32", ours, ("torch", "megatron-core")),
+    "ours_fp32": Contender("megatron-rocm", "fp32", ours, ("torch", "megatron-core"), settings=True),
     "hf_fp32": Contender("transformers", "fp32", transformers, ("torch", "transformers")),
-    "ours_bf16": Contender("megatron-rocm", "bf16", ours, ("torch", "megatron-core")),
+    "hf_fp32_kept": Contender(
+        "transformers, with our malloc", "fp32", transformers, ("torch", "transformers"), ("cpu",), settings=True
+    ),
+    "ours_bf16": Contender("megatron-rocm", "bf16", ours, ("torch", "megatron-core"), settings=True),
     "hf_bf16": Contender("transformers, autocast", "bf16", transformers, ("torch", "transformers")),
+    "hf_bf16_kept": Contender(
+        "transformers, autocast, with our malloc",
+        "bf16",
+        transformers,
+        ("torch", "transformers"),
+        ("cpu",),
+        settings=True,
+    ),
     "hf_pure": Contender("transformers, pure BF16", "bf16", transformers, ("torch", "transformers"), mode="pure"),
-    "titan_bf16": Contender("torchtitan", "bf16", torchtitan, ("torchtitan",), devices=("gpu",)),
+    "titan_bf16": Contender("torchtitan", "bf16", torchtitan, ("torchtitan>=0.2,<0.3",), devices=("gpu",)),
 }
 
 
-def peak_memory() -> int:
-    """Most bytes that this process has had so far: of the GPU's memory by torch, else of the machine's."""
+def peak_memory(device: str) -> int:
+    """Most bytes that this process has had so far: of the GPU's memory by torch, or of the machine's."""
     import torch
 
-    if torch.cuda.is_available():
+    if device == "gpu":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -234,17 +259,17 @@ def child(name: str, device: str) -> None:
         step()
     print("ready", file=answers)
     for _ in sys.stdin:
-        if torch.cuda.is_available():
+        if device == "gpu":
             torch.cuda.synchronize()
         start, used = time.perf_counter(), time.process_time()
         loss = step()  # reads the loss: a GPU is done then with all but AdamW's last kernels
-        if torch.cuda.is_available():
+        if device == "gpu":
             torch.cuda.synchronize()
         answer = {
             "seconds": time.perf_counter() - start,
             "cpu": time.process_time() - used,
             "loss": loss,
-            "memory": peak_memory(),
+            "memory": peak_memory(device),
         }
         print(json.dumps(answer), file=answers)
 
@@ -253,9 +278,12 @@ class Process:
     """A contender's process, seen from outside."""
 
     def __init__(self, name: str, device: str, threads: int) -> None:
-        self.title = CONTENDERS[name].title
+        contender = CONTENDERS[name]
+        self.title = contender.title
+        settings = resolved(SHAPES[device], contender.precision).environment if contender.settings else {}
         environment = {
-            **os.environ, "OMP_NUM_THREADS": str(threads), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+            **os.environ, **{name: value for name, (value, _) in settings.items() if value},
+            "OMP_NUM_THREADS": str(threads), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
         }  # fmt: skip
         self.process = subprocess.Popen(
@@ -272,11 +300,13 @@ class Process:
 
     def step(self) -> None:
         assert self.process.stdin
-        print("step", file=self.process.stdin, flush=True)
-        answer = json.loads(self._answer())
-        self.seconds.append(answer["seconds"])
-        self.cpu.append(answer["cpu"])
-        self.memory, self.loss = answer["memory"], answer["loss"]
+        answers = []
+        for _ in range(STEPS):
+            print("step", file=self.process.stdin, flush=True)
+            answers.append(json.loads(self._answer()))
+        self.seconds.append(min(answer["seconds"] for answer in answers))
+        self.cpu.append(min(answer["cpu"] for answer in answers))
+        self.memory, self.loss = answers[-1]["memory"], answers[-1]["loss"]
 
     def _answer(self) -> str:
         assert self.process.stdout
@@ -340,11 +370,13 @@ def quotients(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
 
 def missing(name: str) -> str:
     """A package that this contender lacks here, "" where it has all."""
-    for package in CONTENDERS[name].needs:
+    for package in map(Requirement, CONTENDERS[name].needs):
         try:
-            metadata.version(package)
+            fits = metadata.version(package.name) in package.specifier
         except metadata.PackageNotFoundError:
-            return package
+            fits = False
+        if not fits:
+            return str(package)
     return ""
 
 
@@ -357,7 +389,7 @@ def has_gpu() -> bool:
 def main() -> None:
     """Run the contenders in turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=12, choices=range(1, 10_000), metavar="N")
     parser.add_argument("--precision", choices=("fp32", "bf16", "all"), default="all")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each contender")
     parser.add_argument("--child", help=argparse.SUPPRESS)

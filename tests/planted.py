@@ -5,6 +5,7 @@ The arguments, after torchrun's, are the runs' files. Beside each may lie a plan
     kind      output (of a module), gradient (of its output), weight (a module's) or loss, on `rank` alone
     layer     counted from 1, and `module` within it; not for loss
     value     what it is multiplied by
+    backward  what the gradient of an output or a loss is multiplied by beside that
     sample    the step that trains on this sample is hit (`weight`: before it starts); `last` makes it all up to that
     start     consumed samples that the run starts at instead of its checkpoint's (or 0)
     scale     the loss scale, set before that step
@@ -34,7 +35,7 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # noqa: E402
 
-from megatron_rocm.model.build import core  # noqa: E402
+from megatron_rocm.model.llama import core  # noqa: E402
 from megatron_rocm.train import distributed, loop, ramp  # noqa: E402
 
 build, resume, train_step = loop.build, loop.resume, loop.train_step
@@ -75,11 +76,11 @@ class Planted:
         if not self.active:
             return output
         value = output[0] if isinstance(output, tuple) else output
-        if self.plan["kind"] == "gradient":
-            if value.requires_grad:
-                value.register_hook(lambda gradient: gradient * self.plan["value"])
-        else:
+        backward = self.plan["value"] if self.plan["kind"] == "gradient" else self.plan.get("backward")
+        if self.plan["kind"] != "gradient":
             value = value * self.plan["value"]
+        if backward is not None and value.requires_grad:
+            value.register_hook(lambda gradient: gradient * backward)
         return (value, *output[1:]) if isinstance(output, tuple) else value
 
     def train_step(self, run: RunConfig, state: Any, batches: Any) -> Any:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from support import ROOT, torchrun
+from support import ROOT, execute
 
 from megatron_rocm.config.schema import RunConfig
 
@@ -29,7 +29,7 @@ def planted(plans: dict[str, dict[str, Any]], *runs: RunConfig) -> None:
         if folder.name in plans:
             (folder / "plan.json").write_text(json.dumps(plans[folder.name]))
         files.append(str(folder / "run.json"))
-    torchrun(runs[0], str(ROOT / "tests" / "planted.py"), *files, timeout=400)
+    execute(runs[0], str(ROOT / "tests" / "planted.py"), *files, timeout=400)
 
 
 def left(run: RunConfig, file: str) -> Any:

@@ -1,8 +1,9 @@
-"""What tests of whole runs share: a tiny resolved run, and real processes under torchrun."""
+"""What tests of whole runs share: a tiny resolved run, and real processes that train it."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -105,15 +106,41 @@ def start(run: RunConfig, *program: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def torchrun(run: RunConfig, *program: str, status: int = 0, timeout: float = 120) -> str:
-    """Start the run, wait for its end, require its exit status; what it printed."""
-    process = start(run, *program)
-    try:
-        text, _ = process.communicate(timeout=timeout)
-    finally:
-        kill(process)
-    assert process.returncode == status, text
+def execute(run: RunConfig, *program: str, status: int = 0, timeout: float = 120) -> str:
+    """Train the run (its log_dir gets run.json) in processes of the nursery, require their status; what they printed.
+
+    `program` replaces `-m megatron_rocm.train --config run.json`.
+    """
+    folder = Path(run.launch.log_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    run.save(folder / "run.json")
+    said = folder / "said.txt"
+    said.unlink(missing_ok=True)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(run.parallel.world_size)}
+    order = {
+        "program": program or ("-m", "megatron_rocm.train", "--config", str(folder / "run.json")),
+        "ranks": run.parallel.world_size,
+        "env": environment(**where),
+        "cwd": str(folder),
+        "said": str(said),
+        "timeout": timeout,
+    }
+    nursery = _nursery()
+    assert nursery.stdin and nursery.stdout
+    print(json.dumps(order), file=nursery.stdin, flush=True)
+    answer = nursery.stdout.readline()
+    text = said.read_text() if said.exists() else ""
+    assert answer == f"{status}\n", f"status {answer.strip()}\n{text}"
     return text
+
+
+@functools.cache
+def _nursery() -> subprocess.Popen[str]:
+    """Of this process of pytest, with whose end its stdin ends, and so it does."""
+    program = str(ROOT / "tests" / "nursery.py")
+    return subprocess.Popen(
+        [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+    )
 
 
 def train_all(*runs: RunConfig) -> None:
@@ -122,7 +149,7 @@ def train_all(*runs: RunConfig) -> None:
         Path(run.launch.log_dir).mkdir(parents=True, exist_ok=True)
         run.save(Path(run.launch.log_dir) / "run.json")
     files = [str(Path(run.launch.log_dir) / "run.json") for run in runs]
-    torchrun(runs[0], str(ROOT / "tests" / "several.py"), *files, timeout=500)
+    execute(runs[0], str(ROOT / "tests" / "several.py"), *files, timeout=500)
 
 
 def kill(process: subprocess.Popen[str]) -> None:

@@ -17,8 +17,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rocm.checkpoint import shards
-from megatron_rocm.model.build import core
 from megatron_rocm.model.fsdp import FullySharded
+from megatron_rocm.model.llama import core
 from megatron_rocm.model.megatron_fsdp import MegatronFullySharded
 from megatron_rocm.train import adam_state
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
@@ -24,7 +23,7 @@ from megatron_rocm.errors import UsageError
 from megatron_rocm.model import fsdp, megatron_fsdp
 from megatron_rocm.model.gradients import DataParallel
 from megatron_rocm.model.init import fill
-from megatron_rocm.model.llama import Llama
+from megatron_rocm.model.llama import Llama, core
 from megatron_rocm.model.spec import block_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -266,10 +265,3 @@ def build_chunks(run: RunConfig, config: TransformerConfig) -> list[torch.nn.Mod
 
 def _fully_sharded(run: RunConfig) -> bool:
     return run.parallel.fsdp or run.parallel.megatron_fsdp
-
-
-def core(chunk: Any) -> GPTModel:
-    """The GPTModel within the wrappers."""
-    while not isinstance(chunk, GPTModel):
-        chunk = chunk.module
-    return chunk

@@ -17,12 +17,13 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import TorchFullyShardedDataParallel, TorchFullyShardedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from megatron_rocm.model.llama import core
 
 # Where a parameter lies in a checkpoint: tensors without data, one after the other along its rows. The SwiGLU's gate
 # and up are two.
@@ -98,13 +99,9 @@ def shard(config: TransformerConfig, model: torch.nn.Module, compute: torch.dtyp
     return FullySharded(config, model, compute, reduce)
 
 
-def _core(model: torch.nn.Module) -> GPTModel:
-    return next(module for module in model.modules() if isinstance(module, GPTModel))
-
-
 def _units(model: torch.nn.Module) -> list[torch.nn.Module]:
     """What is gathered at a time, in the order of the forward pass."""
-    inner = _core(model)
+    inner = core(model)
     if inner.share_embeddings_and_output_weights:
         return [*inner.decoder.layers]
     return [inner.embedding, *inner.decoder.layers, inner.output_layer]
@@ -115,7 +112,7 @@ def _root(model: torch.nn.Module) -> list[torch.nn.Module]:
 
     An embedding that is the output layer's weight too is used at both ends.
     """
-    inner = _core(model)
+    inner = core(model)
     tied = [inner.embedding] if inner.share_embeddings_and_output_weights else []
     return [*tied, inner.decoder.final_layernorm]
 
@@ -153,7 +150,7 @@ def whole_gradients(wrapper: FullySharded) -> dict[str, torch.Tensor]:
     Collective; every rank gets all. What finalize_model_grads has left is the mean over the global batch's tokens.
     """
     found = {}
-    for name, parameter in _core(wrapper.module).named_parameters():
+    for name, parameter in core(wrapper.module).named_parameters():
         gradient: Any = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         found[name] = gradient.full_tensor().float()
     return found

@@ -33,3 +33,10 @@ class Llama(GPTModel):
         if mine < rows:
             logits[..., mine:].fill_(NEVER)
         return super().compute_language_model_loss(labels, logits)
+
+
+def core(chunk: Any) -> GPTModel:
+    """The GPTModel within the wrappers."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module
+    return chunk

@@ -26,6 +26,7 @@ from torch.distributed import DeviceMesh
 
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.model.fsdp import Parts, parts_of, to_meta
+from megatron_rocm.model.llama import core
 
 
 def settings(run: RunConfig) -> dict[str, Any]:
@@ -71,8 +72,8 @@ class MegatronFullySharded(adapter.FullyShardedDataParallel):
 
     def __init__(self, config: TransformerConfig, ddp: DistributedDataParallelConfig, model: torch.nn.Module) -> None:
         to_meta(model)
-        places = parts_of(_core(model).sharded_state_dict())
-        named = {name: places[id(parameter)] for name, parameter in _core(model).named_parameters()}
+        places = parts_of(core(model).sharded_state_dict())
+        named = {name: places[id(parameter)] for name, parameter in core(model).named_parameters()}
         config.init_model_with_meta_device = True
         with _resettable(model):
             super().__init__(config, ddp, Called(model), device=torch.device(torch.cuda.current_device()))
@@ -80,7 +81,7 @@ class MegatronFullySharded(adapter.FullyShardedDataParallel):
         # The base class binds those of MegatronFSDP to the instance.
         del self.scale_gradients, self.finish_grad_sync
         self.parts: list[tuple[Any, Parts]] = [
-            (parameter, named[name]) for name, parameter in _core(self).named_parameters()
+            (parameter, named[name]) for name, parameter in core(self).named_parameters()
         ]
 
     def _init_dist_index(self, pg_collection: Any) -> FSDPDistributedIndex:
@@ -114,7 +115,7 @@ class MegatronFullySharded(adapter.FullyShardedDataParallel):
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Wait for the gradients' sums over the ranks, and hand each parameter its part."""
         self.module.finish_grad_sync(force_all_reduce)
-        weight = _tied_over_stages(_core(self))
+        weight = _tied_over_stages(core(self))
         if weight is not None:
             # finalize_model_grads adds it up over the stages in place, and then assigns the bare local part as a
             # gradient, which torch refuses of a DTensor's `grad`.
@@ -144,7 +145,7 @@ def whole_gradients(wrapper: MegatronFullySharded) -> dict[str, Tensor]:
     """
     whole = {}
     group = wrapper.megatron_fsdp_dist_index.get_fsdp_group()
-    for name, parameter in _core(wrapper).named_parameters():
+    for name, parameter in core(wrapper).named_parameters():
         shape = parameter.orig_param.shape  # of the tensor parallel shard
         flat = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
         if parameter.grad is not None:
@@ -183,10 +184,6 @@ def _attributes_again(module: torch.nn.Module) -> Callable[[], None]:
             vars(now).update(vars(before))
 
     return reset_parameters
-
-
-def _core(model: torch.nn.Module) -> GPTModel:
-    return next(module for module in model.modules() if isinstance(module, GPTModel))
 
 
 def _tied_over_stages(model: GPTModel) -> Any:

@@ -45,6 +45,8 @@ def compare(planned: Sequence[Planned], steps: int, folder: Path) -> int:
     print("\n".join(table.head(alone, steps)), flush=True)
     rows: list[Row] = []
     measured: dict[str, Measured] = {}
+    gradients = Plan(str(folder), steps, ()).gradients
+    shutil.rmtree(gradients, ignore_errors=True)  # of a comparison that was killed
     try:
         for row in _rows(runs, steps, folder, measured):
             rows.append(row)
@@ -53,7 +55,7 @@ def compare(planned: Sequence[Planned], steps: int, folder: Path) -> int:
         print(f"\n{error}")
         return 2
     finally:
-        shutil.rmtree(Plan(str(folder), steps, ()).gradients, ignore_errors=True)
+        shutil.rmtree(gradients, ignore_errors=True)
     rows += [Row(one.layout.name, table.SKIPPED, note=one.refused) for one in planned if not one.resolution]
     print("".join(f"{line}\n" for line in table.skipped(rows)), end="")
     numbers = [{**asdict(row), **measured.get(row.layout, {})} for row in rows]

@@ -17,8 +17,8 @@ from megatron_rocm.checkpoint.convert.table import weights
 from megatron_rocm.checkpoint.state import State
 from megatron_rocm.config.schema import Model
 from megatron_rocm.model import fsdp
-from megatron_rocm.model.build import core
 from megatron_rocm.model.init import SHARDS, VOCABULARY, global_name
+from megatron_rocm.model.llama import core
 
 
 def whole(state: State, model: Model) -> Iterator[tuple[str, list[Tensor]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 
 from megatron_rocm.config.request import RunRequest, read
 from megatron_rocm.errors import UsageError
@@ -104,17 +105,23 @@ def plan(
         if name not in known:
             raise UsageError(f"--layouts {name}: no such layout; there are {', '.join(known)}")
     most = processes or len(machine.gpus) or ON_A_CPU
-    request = _common(request, most)
+    layouts = [LAYOUTS[0], *_candidates(request)]
+    if ASKED in names and layouts[-1].name != ASKED:
+        raise UsageError(f"--layouts {ASKED}: no layout was asked for: say TP=2, PP=2, FSDP=1 or the like beside it")
+    wanted = [layout for layout in layouts if layout.name in names or not names]
+    asked = int(request.text("GPUS_PER_NODE", str(len(machine.gpus) or 1)))
+    request = _common(request, [layout.processes or asked for layout in wanted if names or layout.processes <= most])
     alone = _resolved(LAYOUTS[0], request, machine, environment)
     assert alone.resolution
     _must_fit(alone.resolution, machine)
     planned = [alone]
-    for layout in _candidates(request):
-        if layout.name in names or not names:
-            if layout.processes > most and not names:
-                planned.append(Planned(layout, None, f"more than {most} processes, see --processes"))
-            else:
-                planned.append(_resolved(layout, request, machine, environment))
+    for layout in wanted:
+        if layout.name == ALONE:
+            continue
+        if layout.processes > most and not names:
+            planned.append(Planned(layout, None, f"more than {most} processes, see --processes"))
+        else:
+            planned.append(_resolved(layout, request, machine, environment))
     return planned
 
 
@@ -126,12 +133,15 @@ def _candidates(request: RunRequest) -> Iterator[Layout]:
         yield Layout(ASKED, 0, " ".join(f"{name}={value}" for name, value in own.items()), own)
 
 
-def _common(request: RunRequest, most: int) -> RunRequest:
-    """What all layouts have in common beside what was said: a model, a warmup, a batch that they can all divide."""
+def _common(request: RunRequest, processes: Sequence[int]) -> RunRequest:
+    """What all layouts have in common beside what was said: a model, a warmup, a batch that they can all divide.
+
+    `processes` are those of the layouts.
+    """
     said = {name: value for name, value in request.said.items() if name not in ASIDE}
     changes = {} if "MODEL_SIZE" in said else {"MODEL_SIZE": "tiny"}
     if "BS" not in said:
-        unit = int(request.text("MBS", "1")) * most
+        unit = int(request.text("MBS", "1")) * lcm(*processes)
         changes["BS"] = str(-(-8 // unit) * unit)
     if not any(name in said for name in OF_THE_RATE):
         changes["LR_WARMUP_ITERS"] = WARMUP

@@ -13,7 +13,7 @@ from megatron_rocm.checkpoint.convert.huggingface import llama_config
 from megatron_rocm.checkpoint.convert.table import weights
 from megatron_rocm.config.schema import Model, RunConfig
 from megatron_rocm.model import documents
-from megatron_rocm.model.build import core
+from megatron_rocm.model.llama import core
 
 
 def exported(chunk: Any, model: Model) -> dict[str, Tensor]:

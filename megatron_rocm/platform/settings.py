@@ -54,10 +54,14 @@ def _tunes(run: RunConfig, machine: Machine) -> bool:
 
 
 _SCRIPT = "ROCm/Megatron-LM examples/llama/train_llama3.sh"
+_MEASURED = "benchmarks/train_step.py"
 _PRIMUS = "AMD-AGI/Primus --deterministic"
 
 SETTINGS = (
     Setting("OMP_NUM_THREADS", lambda run, machine: str(run.hardware.threads), "cores divided by processes, so that they don't wait for each other", "measured: two busy processes with all cores each are 28 times slower", on()),
+    Setting("MALLOC_MMAP_MAX_", "0", "memory that a step gives back is kept for the next: the kernel would clear its pages anew", _MEASURED, on(vendor="cpu")),
+    Setting("MALLOC_TRIM_THRESHOLD_", "-1", "the same, at the end of the heap", _MEASURED, on(vendor="cpu")),
+    Setting("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1", "memory comes in huge pages where the kernel has them (glibc 2.35 and later)", _MEASURED, on(vendor="cpu")),
     Setting("TOKENIZERS_PARALLELISM", "false", "no threads that a fork would break", _SCRIPT, on()),
     Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start in order, which TP and CP overlap relies on", "megatron/core/tensor_parallel/layers.py", lambda run, machine: _gpu(run, machine) and not _fully(run)),
     Setting("CUDA_DEVICE_MAX_CONNECTIONS", "", "FSDP=1 and MEGATRON_FSDP=1 need it unset: 1 keeps their communication from overlapping", _SCRIPT, lambda run, machine: _gpu(run, machine) and _fully(run), forced=True),

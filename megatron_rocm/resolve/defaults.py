@@ -19,6 +19,8 @@ def draft_of(request: RunRequest, machine: Machine, size: str, facts: DataFacts 
     """The draft of a request with every value filled in and every rule checked."""
     preset = PRESETS[request.family, size]
     if request.layers:
+        if request.layers > preset.num_layers:
+            raise UsageError(f"--layers {request.layers}: {preset.title} has {preset.num_layers} layers; say fewer")
         title = f"{preset.title}, {request.layers} of {preset.num_layers} layers"
         preset = replace(preset, num_layers=request.layers, title=title)
     draft = Draft(preset, machine)

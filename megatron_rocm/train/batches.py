@@ -13,7 +13,7 @@ from megatron.core import parallel_state as mpu
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_rocm.config.schema import RunConfig
-from megatron_rocm.model.build import core
+from megatron_rocm.model.llama import core
 
 Batch = dict[str, torch.Tensor]
 

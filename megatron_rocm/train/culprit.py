@@ -16,7 +16,7 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megatron_rocm.model.build import core
+from megatron_rocm.model.llama import core
 
 MOST_NAMED = 4  # ranks in one message
 

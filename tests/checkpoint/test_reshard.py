@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import ROOT, losses, tiny_run, torchrun
+from support import ROOT, execute, losses, tiny_run
 
 from megatron_rocm.checkpoint.convert.torch_dist import TorchDist
 from megatron_rocm.checkpoint.folder import latest
@@ -88,7 +88,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Path(one.launch.log_dir).mkdir(parents=True)
             one.save(Path(one.launch.log_dir) / "run.json")
         files = [str(Path(one.launch.log_dir) / "run.json") for one in runs]
-        torchrun(runs[0], str(ROOT / "tests" / "checkpoint" / "resave.py"), *files, timeout=900)
+        execute(runs[0], str(ROOT / "tests" / "checkpoint" / "resave.py"), *files, timeout=900)
     return folder
 
 

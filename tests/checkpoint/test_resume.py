@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import kill, losses, metrics, start, tiny_run, torchrun, train_all
+from support import execute, kill, losses, metrics, start, tiny_run, train_all
 
 from megatron_rocm.checkpoint.folder import latest
 from megatron_rocm.config.schema import RunConfig
@@ -45,7 +45,7 @@ def test_killed_and_stopped(tmp_path: Path) -> None:
     """kill -9 in mid-run, SIGTERM to one worker of the next, and the third start prints an undisturbed run's losses."""
     fields = {"train_iters": 40, "save_interval": 5, "eval_iters": 1, "eval_interval": 7, **OVERLAPPED}
     whole = tiny_run(tmp_path / "whole", **fields)
-    torchrun(whole)
+    execute(whole)
     run = tiny_run(tmp_path / "run", **fields, save=str(tmp_path / "checkpoints"))
 
     killed = start(run)
@@ -67,7 +67,7 @@ def test_killed_and_stopped(tmp_path: Path) -> None:
     assert status["iteration"] == len(losses(run)) < 40
     assert not leftover.exists()
 
-    torchrun(run)
+    execute(run)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["outcome"] == "finished"
     assert losses(run) == losses(whole)
     assert [row["iteration"] for row in metrics(run)] == [row["iteration"] for row in metrics(whole)]
@@ -90,7 +90,7 @@ def test_goes_on_exactly(tmp_path: Path, processes: int) -> None:
 def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
     """Another model and a damaged file: status 2, one message, and the checkpoint stays as it is."""
     save = {"save": str(tmp_path / "checkpoints"), "train_iters": 2}
-    torchrun(tiny_run(tmp_path / "first", **save))
+    execute(tiny_run(tmp_path / "first", **save))
     path = latest(tmp_path / "checkpoints")
     assert path
     shutil.copytree(tmp_path / "checkpoints", tmp_path / "damaged")
@@ -100,10 +100,8 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
         "of another model: hidden_size 64 there, 128 here": tiny_run(tmp_path / "wider", hidden_size=128, **save),
         "can't be read": tiny_run(tmp_path / "again", load=str(tmp_path / "damaged")),
     }
-    processes = {expected: start(run) for expected, run in starts.items()}
-    for expected, process in processes.items():
-        text, _ = process.communicate(timeout=120)
-        assert process.returncode == 2, text
+    for expected, run in starts.items():
+        text = execute(run, status=2)
         assert expected in text
         assert "Traceback" not in text
     assert latest(tmp_path / "checkpoints") == path
@@ -111,7 +109,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
 
 def test_a_save_that_hangs_ends(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, save=str(tmp_path / "checkpoints"), save_timeout=2, train_iters=1)
-    text = torchrun(run, str(Path(__file__).parent / "hanging_save.py"), str(tmp_path / "run.json"), status=1)
+    text = execute(run, str(Path(__file__).parent / "hanging_save.py"), str(tmp_path / "run.json"), status=1)
     assert "rank 0: saving" in text
     assert "has not ended after 2 seconds, in never_ends (hanging_save.py" in text
     assert latest(tmp_path / "checkpoints") is None

@@ -37,7 +37,7 @@ if __name__ == "__main__":
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_rocm.model.build import core
+    from megatron_rocm.model.llama import core
     from megatron_rocm.model.megatron_fsdp import whole_gradients
     from megatron_rocm.parity.gradients import relative_difference
     from megatron_rocm.train import distributed, loop, step

@@ -29,8 +29,9 @@ def forward_and_backward(run: RunConfig, planted: float) -> Found:
     """With `planted` in this rank's padded rows."""
     from megatron.core import parallel_state as mpu
 
-    from megatron_rocm.model.build import build_chunks, core, transformer_config
+    from megatron_rocm.model.build import build_chunks, transformer_config
     from megatron_rocm.model.init import VOCABULARY, fill
+    from megatron_rocm.model.llama import core
 
     tokens = run.model.vocab_size
     model = core(build_chunks(run, transformer_config(run))[0])

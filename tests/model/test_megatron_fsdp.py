@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, environment, losses, metrics, tiny_run, torchrun, train_all
+from support import ROOT, environment, execute, losses, metrics, tiny_run, train_all
 
 from megatron_rocm.config.schema import RunConfig
 
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_data_parallel_training(tmp_path: Path) -> None:
         Path(file).parent.mkdir()
         run.save(file)
     program = Path(__file__).parent / "megatron_fsdp_gradients.py"
-    text = torchrun(plain[0], str(program), *files, timeout=250)
+    text = execute(plain[0], str(program), *files, timeout=250)
     in_fp32, in_bf16, tied = json.loads(next(line for line in text.splitlines() if line.startswith("[{")))
     assert in_fp32["difference"] < 1e-5
     assert in_bf16["difference"] < 2e-2

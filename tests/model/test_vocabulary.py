@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support import tiny_run, torchrun
+from support import execute, tiny_run
 
 PADDING = str(Path(__file__).with_name("padded_vocabulary.py"))
 # Tokens, rows at TP=1 (a multiple of 128), rows at TP=2 (a multiple of 256). Of 100 tokens rank 1 has none.
@@ -24,7 +24,7 @@ def test_padding_is_as_if_not_there(tmp_path: Path, tied: bool) -> None:
     for run in runs:
         Path(run.launch.log_dir).mkdir()
         run.save(Path(run.launch.log_dir) / "run.json")
-    said = torchrun(runs[0], PADDING, *(f"{run.launch.log_dir}/run.json" for run in runs), timeout=500)
+    said = execute(runs[0], PADDING, *(f"{run.launch.log_dir}/run.json" for run in runs), timeout=500)
     found = next(json.loads(line) for line in said.splitlines() if line.startswith("[{"))
     assert len(found) == 2 * len(SIZES)  # both ranks
     for one in found:

@@ -80,7 +80,7 @@ if __name__ == "__main__":
     from torch.utils.data import default_collate
 
     from megatron_rocm.checkpoint.convert import table
-    from megatron_rocm.model.build import core
+    from megatron_rocm.model.llama import core
     from megatron_rocm.parity import gradients, reference
     from megatron_rocm.parity.measure import forget
     from megatron_rocm.train.batches import micro_batches

@@ -71,6 +71,8 @@ def test_a_fault_in_all_layouts_is_caught_by_transformers(tmp_path: Path, plant:
         (["--steps", "0"], "argument --steps: invalid whole number above 0 value: '0'"),
         (["--step", "3"], "unrecognized arguments: --step"),
         (["MODEL_SIZE=70", "TARGET=cpu"], "fewer layers"),
+        (["--layers", "5"], "--layers 5: Llama 3 tiny has 4 layers"),
+        (["--layouts", "as-asked"], "--layouts as-asked: no layout was asked for"),
     ],
 )
 def test_mistakes_end_with_status_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +91,16 @@ def test_a_plan_names_what_runs_and_why_the_rest_does_not(
     assert "skipped: PP=2 with VPP=2 leaves a stage without layers" in lines["vpp2"]
     assert "skipped: more than 2 processes" in lines["tp2-pp2"]
     assert lines["as-asked"].split()[1:3] == ["8", "TP=4"]
+
+
+@pytest.mark.parametrize("processes", [3, 5, 7])
+def test_an_odd_number_of_processes_leaves_no_layout_out(
+    processes: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRY_RUN", "1")
+    assert main(["parity", "TARGET=cpu", "--processes", str(processes)]) == 0
+    skipped = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert skipped and all("more than" in line for line in skipped)
 
 
 def test_help_is_instant_and_lists_the_layouts(capsys: pytest.CaptureFixture[str]) -> None:

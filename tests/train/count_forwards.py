@@ -15,8 +15,9 @@ from megatron_rocm.config.schema import RunConfig
 
 def calls(run: RunConfig) -> list[int]:
     """Of attention and of the MLP, in all layers together."""
-    from megatron_rocm.model.build import build_chunks, core, transformer_config
+    from megatron_rocm.model.build import build_chunks, transformer_config
     from megatron_rocm.model.init import fill
+    from megatron_rocm.model.llama import core
 
     model = core(build_chunks(run, transformer_config(run))[0])
     fill(model, run)

@@ -16,8 +16,9 @@ from megatron_rocm.model.documents import boundaries, lengths
 
 def compare(run: RunConfig) -> dict[str, float]:
     """The largest differences of a micro batch's losses and gradients from those of its documents one by one."""
-    from megatron_rocm.model.build import build_chunks, core, transformer_config
+    from megatron_rocm.model.build import build_chunks, transformer_config
     from megatron_rocm.model.init import fill
+    from megatron_rocm.model.llama import core
     from megatron_rocm.train.loop import open_data
 
     data = open_data(run)[0]

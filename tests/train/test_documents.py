@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from support import losses, metrics, tiny_run, torchrun, train_all
+from support import execute, losses, metrics, tiny_run, train_all
 
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.data.indexed import IndexedWriter
@@ -102,7 +102,7 @@ def test_each_switch_tells(runs: dict[str, RunConfig]) -> None:
 @pytest.mark.timeout(1100)
 def test_is_a_pass_for_each_document(tmp_path: Path) -> None:
     run = run_of(tmp_path, "run", write(tmp_path / "data"), micro_batch_size=4)
-    said = json.loads(torchrun(run, PASSES, str(tmp_path / "run" / "run.json"), timeout=500).splitlines()[-1])
+    said = json.loads(execute(run, PASSES, str(tmp_path / "run" / "run.json"), timeout=500).splitlines()[-1])
     assert said["documents"] > 8
     assert said["loss"] < 2e-6 and said["gradient"] < 1e-5
     assert said["across"] > 1e-3  # attention over the whole row is something else

@@ -171,6 +171,7 @@ def test_policies_of_one_process(tmp_path: Path) -> None:
     resumed = tiny_run(tmp_path / "resumed", **SPIKE, spike_policy="skip", load=str(tmp_path / "begun/saved"))
     warned = tiny_run(tmp_path / "warned", train_iters=5, nan_policy="warn")
     again = tiny_run(tmp_path / "again", **save, nan_policy="rollback", save=str(tmp_path / "again/saved"))
+    both = tiny_run(tmp_path / "both", **SPIKE, nan_policy="skip")
     early = tiny_run(tmp_path / "early", **save, nan_policy="rollback", save=str(tmp_path / "early/saved"))
     spike = plant("loss", 0, value=8.0, sample=39)
     planted(
@@ -178,10 +179,11 @@ def test_policies_of_one_process(tmp_path: Path) -> None:
             "whole": spike,
             "resumed": spike,
             "warned": plant("loss", 0),
+            "both": plant("loss", 0, value=8.0, backward=math.nan, sample=39),
             "again": plant("output", 0, 1, QKV, sample=19, last=999),
             "early": plant("output", 0, 1, QKV, sample=3),
         },
-        *(whole, begun, resumed, warned, again, early),
+        *(whole, begun, resumed, warned, both, again, early),
     )
     # The median's window is the checkpoint's: without it the spike, the fourth step after the resume, would pass.
     assert [step["updated"] for step in left(whole, "steps.json")] == [True] * 9 + [False] + [True] * 2
@@ -190,6 +192,10 @@ def test_policies_of_one_process(tmp_path: Path) -> None:
 
     assert [step["updated"] for step in left(warned, "steps.json")] == [True] * 5
     assert "The update is made all the same (NAN_POLICY=warn)" in told(warned)
+
+    # The spike alone is but warned of; its gradient is not finite, which is the worse of the two.
+    assert [step["updated"] for step in left(both, "steps.json")] == [True] * 9 + [False] + [True] * 2
+    assert "the lm loss is finite, but the grad norm is nan" in left(both, "steps.json")[9]["fault"]
 
     iterations = [step["iteration"] for step in left(again, "steps.json")]
     assert iterations == [1, 2, 3, 4, 5, 4, 4, 4]

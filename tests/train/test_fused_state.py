@@ -179,11 +179,11 @@ def sgd():
 def model():
     from support import tiny_run
 
-    from megatron_rocm.model import build
+    from megatron_rocm.model import build, llama
 
     run = tiny_run(fsdp=True, dtype="bf16")
     config = build.transformer_config(run)
-    layers = build.core(build.build_chunks(run, config)[0]).decoder.layers
+    layers = llama.core(build.build_chunks(run, config)[0]).decoder.layers
     [sharded] = build.build_model(run)
     layer = sharded.module.module.decoder.layers[0]
     policy = layer._get_fsdp_state()._mp_policy

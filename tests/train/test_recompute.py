@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support import metrics, tiny_run, torchrun, train_all
+from support import execute, metrics, tiny_run, train_all
 
 from megatron_rocm.config.schema import RunConfig
 
@@ -105,6 +105,6 @@ def test_computes_again_what_it_says(tmp_path: Path) -> None:
     for run in runs:
         Path(run.launch.log_dir).mkdir()
         run.save(Path(run.launch.log_dir) / "run.json")
-    said = torchrun(runs[0], FORWARDS, *(f"{run.launch.log_dir}/run.json" for run in runs), timeout=500)
+    said = execute(runs[0], FORWARDS, *(f"{run.launch.log_dir}/run.json" for run in runs), timeout=500)
     counted = json.loads(said.splitlines()[-1])
     assert dict(zip(CALLS, map(tuple, counted), strict=True)) == CALLS

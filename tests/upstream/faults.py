@@ -39,6 +39,7 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron_rocm.checkpoint.state import State
 from megatron_rocm.model import build as building
 from megatron_rocm.model.init import fill
+from megatron_rocm.model.llama import core
 from megatron_rocm.train import distributed, loop
 from megatron_rocm.train.batches import micro_batches
 from megatron_rocm.train.step import forward_backward, gradient_norm, prepare, train_step
@@ -150,7 +151,7 @@ def torch_fsdp_saves_gate_and_up_mixed() -> tuple[float, float]:
         config = building.transformer_config(run)
         whole, cut = (building.build_chunks(run, config)[0] for _ in range(2))
         for model in (whole, cut):
-            fill(building.core(model), run)
+            fill(core(model), run)
         wrapped = TorchFullyShardedDataParallel(config, TorchFullyShardedDataParallelConfig(), cut)
         dist_checkpointing.save(wrapped.module.sharded_state_dict(), shared[0])
         expected = {name: value.clone() for name, value in whole.state_dict().items() if torch.is_tensor(value)}
@@ -210,7 +211,7 @@ def position_ids_are_not_read() -> tuple[float, float]:
     """Change of a loss when positions begin anew in mid-sequence, as --reset-position-ids makes them."""
     run = tiny_run(dp=2)
     with groups(run), torch.no_grad():
-        model = building.core(building.build_chunks(run, building.transformer_config(run))[0])
+        model = core(building.build_chunks(run, building.transformer_config(run))[0])
         fill(model, run)
         tokens = torch.arange(32)[None]
         anew = torch.arange(32)[None] % 16
@@ -320,7 +321,7 @@ def megatron_fsdp_drops_attributes_on_meta() -> tuple[float, float]:
 
     def marked() -> float:
         with groups(run):
-            parameters = building.core(loop.build(run).model[0]).parameters()
+            parameters = core(loop.build(run).model[0]).parameters()
             return float(sum(getattr(parameter, "tensor_model_parallel", False) for parameter in parameters))
 
     with mock.patch.object(building.megatron_fsdp, "_attributes_again", lambda module: lambda: None):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support import ROOT, tiny_run, torchrun
+from support import ROOT, execute, tiny_run
 
 FAULTS = Path(__file__).with_name("faults.py")
 # Shown, and nothing required of them: whether gloo has sent what is freed is a matter of time, and a CPU adds up in an
@@ -18,7 +18,7 @@ NAMES = re.findall(r"^@fault\ndef (\w+)", FAULTS.read_text(), re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
-    text = torchrun(tiny_run(tmp_path_factory.mktemp("faults"), dp=2), str(FAULTS), timeout=400)
+    text = execute(tiny_run(tmp_path_factory.mktemp("faults"), dp=2), str(FAULTS), timeout=400)
     rows = [json.loads(line) for line in text.splitlines() if line.startswith('{"fault"')]
     return {row["fault"]: (row["computed"], row["right"]) for row in rows}
 

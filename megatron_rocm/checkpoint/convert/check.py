@@ -19,7 +19,8 @@ from megatron_rocm.checkpoint.convert.export import iteration_folder, run_config
 from megatron_rocm.checkpoint.unpickle import read_metadata
 from megatron_rocm.config.schema import Model, RunConfig
 from megatron_rocm.errors import UsageError
-from megatron_rocm.model.build import build_chunks, core, transformer_config
+from megatron_rocm.model.build import build_chunks, transformer_config
+from megatron_rocm.model.llama import core
 from megatron_rocm.platform import cpu
 from megatron_rocm.train.distributed import form_groups, leave
 

@@ -14,7 +14,8 @@ from megatron.core import parallel_state as mpu
 from megatron_rocm.checkpoint.folder import set_latest
 from megatron_rocm.checkpoint.save import InProcess
 from megatron_rocm.config.schema import RunConfig
-from megatron_rocm.model.build import build_chunks, core, transformer_config
+from megatron_rocm.model.build import build_chunks, transformer_config
+from megatron_rocm.model.llama import core
 from megatron_rocm.platform import cpu
 from megatron_rocm.train.distributed import form_groups
 
