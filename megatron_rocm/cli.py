@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("megatron_rocm.launch.train", "train Llama: --family llama2|llama3 [KEY=VALUE …] [FILE.yaml …]"),
     "parity": ("megatron_rocm.parity.command", "compare all layouts that this machine allows: [KEY=VALUE …]"),
     "prepare": ("megatron_rocm.data.prepare", "make a data set from text: [KEY=VALUE …]"),
+    "data": ("megatron_rocm.data.command", "preprocess text; inspect, merge, split, concat or index .bin/.idx pairs"),
     "convert": ("megatron_rocm.checkpoint.convert", "write a checkpoint in another format"),
     "demo": ("megatron_rocm.demo", "data, training, export and a few generated lines, on any machine"),
 }

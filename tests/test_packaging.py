@@ -4,8 +4,14 @@ import ast
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import re
+import shutil
+import subprocess
 import sys
+import sysconfig
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -202,7 +208,66 @@ def test_the_supported_pythons_agree():
 
 
 def test_the_whole_package_gets_into_a_wheel():
-    """setuptools takes folders that have an __init__.py, and of them the Python files."""
+    """setuptools takes folders that have an __init__.py, and of them the Python files; C++ is compiled."""
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert [str(path) for path in files if not (path.parent / "__init__.py").exists()] == []
-    assert [str(path) for path in files if path.suffix != ".py"] == []
+    sources = [path for path in files if path.parent == PACKAGE / "data" / "csrc"]
+    assert {path.suffix for path in sources} == {".cpp"}
+    compiled = [path for path in files if path.match("megatron_rocm/data/_native.*.so")]
+    rest = set(files) - {*sources, *compiled}
+    assert [str(path) for path in rest if not (path.parent / "__init__.py").exists()] == []
+    assert [str(path) for path in rest if path.suffix != ".py"] == []
+
+
+BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+
+
+def build(folder: Path, hook: str, **environment: str) -> tuple[set[str], str]:
+    """The names in what a hook of the build backend makes of a copy of this checkout, and what it printed."""
+    source, out = folder / "source", folder / "out"
+    out.mkdir()
+    leave_out = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(PACKAGE, source / "megatron_rocm", ignore=leave_out)
+    for name in ("pyproject.toml", "setup.py", "README.md"):
+        shutil.copy(ROOT / name, source)
+    run = subprocess.run(
+        [sys.executable, "-c", BUILD, hook, str(out)],
+        cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    (made,) = out.iterdir()
+    if made.suffix == ".whl":
+        return set(zipfile.ZipFile(made).namelist()), run.stdout
+    with tarfile.open(made) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}, run.stdout
+
+
+def modules() -> set[str]:
+    return {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
+
+
+def test_a_source_distribution_holds_what_a_build_needs(tmp_path):
+    names, _ = build(tmp_path, "build_sdist")
+    assert names >= {*modules(), "setup.py", "pyproject.toml", "megatron_rocm/data/csrc/native.cpp"}
+
+
+def test_a_wheel_holds_the_compiled_module(tmp_path):
+    if shutil.which("c++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("no C++ compiler, or no Python.h")
+    names, _ = build(tmp_path, "build_wheel")
+    others = {name for name in names if ".dist-info/" not in name} - modules()
+    assert others == {f"megatron_rocm/data/_native{sysconfig.get_config_var('EXT_SUFFIX')}"} and names > modules()
+
+
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+def test_without_a_compiler_the_package_is_built_and_a_line_says_so(tmp_path, hook):
+    names, said = build(tmp_path, hook, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    assert not any(name.endswith(".so") for name in names) and (hook == "build_editable" or names > modules())
+    (line,) = [line for line in said.splitlines() if line.startswith("megatron-rocm: ")]
+    assert "megatron_rocm.data._native is not compiled" in line and "NumPy" in line
+
+
+def test_without_pybind11_the_package_is_built(tmp_path):
+    (tmp_path / "broken" / "pybind11").mkdir(parents=True)
+    (tmp_path / "broken" / "pybind11" / "__init__.py").write_text("raise ImportError('no pybind11')")
+    names, said = build(tmp_path, "build_wheel", PYTHONPATH=str(tmp_path / "broken"))
+    assert names > modules() and "_native is not compiled (no pybind11)" in said

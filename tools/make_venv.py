@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = ("setup.py", "pyproject.toml", "constraints.txt")
+INPUTS = ("setup.py", "pyproject.toml", "constraints.txt", "megatron_rocm/data/csrc/native.cpp")
 OLDEST, NEWEST = (3, 10), (3, 13)
 STATE = ".megatron-rocm.json"  # in the environment: whose it is, what it was made from, whether it was finished
 

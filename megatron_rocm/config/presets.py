@@ -91,3 +91,8 @@ PRESETS: Mapping[tuple[str, str], Preset] = MappingProxyType({
 def sizes(family: str) -> tuple[str, ...]:
     """The sizes a family's script takes, smallest first as declared."""
     return tuple(size for of, size in PRESETS if of == family)
+
+
+def default_seq_length(family: str, size: str) -> int:
+    """SEQ_LENGTH where none was said: AMD's scripts' for the family, unless the size has its own."""
+    return PRESETS[family, size].defaults.get("SEQ_LENGTH", 4096 if family == "llama2" else 2048)

@@ -18,6 +18,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_rocm.config import core_fields
+from megatron_rocm.config.blend import PATH_VARIABLES
+from megatron_rocm.config.blend import parse as parse_paths
 from megatron_rocm.config.others import OTHERS
 from megatron_rocm.config.schema import variables
 from megatron_rocm.config.variable import Variable
@@ -25,7 +27,7 @@ from megatron_rocm.errors import UsageError
 
 # A secret on a command line is readable by every user of the machine.
 ENVIRONMENT_ONLY = ("HF_TOKEN", "WANDB_API_KEY")
-PATHS = ("LOG_DIR", "SAVE_CKPT_PATH", "LOAD_CKPT_PATH", "DATA_PATH", "DATA_CACHE_PATH", "TOKENIZER_MODEL")
+PATHS = ("LOG_DIR", "SAVE_CKPT_PATH", "LOAD_CKPT_PATH", "DATA_CACHE_PATH", "TOKENIZER_MODEL", *PATH_VARIABLES)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ def _value(name: str, text: str) -> Any:
             raise UsageError(f"{name}={text}: must be a whole number ({other.help})")
         return text
     variable = _VARIABLES[name]
-    if name in ("DATA_PATH", "MODEL_SIZE"):  # resolved against files and families
+    if name in PATH_VARIABLES:
+        return parse_paths(text, name)
+    if name == "MODEL_SIZE":  # resolved against families
         return text
     try:
         value = _adapter(variable).validate_python(text.replace(",", " ").split() if _is_list(variable) else text)

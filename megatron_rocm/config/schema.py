@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_rocm.config.blend import Paths
 from megatron_rocm.config.variable import (
     BY_RULE,
     MOST,
@@ -24,6 +25,8 @@ from megatron_rocm.config.variable import (
     Variable,
     var,
 )
+
+Sources = tuple[tuple[float | None, str], ...]  # weight and prefix of each
 
 
 class Section(BaseModel):
@@ -248,10 +251,29 @@ class Optimizer(Section):
 
 
 class Data(Section):
-    blend: tuple[tuple[float, str], ...] | None = var(
-        "DATA_PATH", None, "prefix of a .bin/.idx pair, or `weight prefix weight prefix …`", text="mock data"
-    )
+    blend: Sources | None = var(
+        "DATA_PATH", None, "prefix of a .bin/.idx pair, `weight prefix weight prefix …`, or a YAML file of such blends",
+        text="mock data",
+    )  # fmt: skip
     split: str = var("SPLIT", "99,1,0", "shares of training, validation and test documents", state=OURS)
+    train_blend: Sources | None = var(
+        "TRAIN_DATA_PATH", None, "instead of DATA_PATH: what to train on, in the same forms", text="a share of DATA_PATH",
+        state=OURS,
+    )  # fmt: skip
+    valid_blend: Sources | None = var(
+        "VALID_DATA_PATH", None, "with TRAIN_DATA_PATH: what to evaluate", text="none", state=OURS
+    )
+    test_blend: Sources | None = var(
+        "TEST_DATA_PATH", None, "with TRAIN_DATA_PATH: what is set aside for testing; checked, but not read by training",
+        text="none", state=OURS,
+    )  # fmt: skip
+    blend_by: Literal["token", "document"] = var(
+        "BLEND_BY", "token", "what a blend's weights count: token (samples, all of one length) or document", state=OURS
+    )
+    blend_max_epochs: float = var(
+        "BLEND_MAX_EPOCHS", 4.0, "warn where a run reads a source more often", state=OURS, gt=0, le=MOST,
+        note="repeated up to 4 times, data teach about as much as new ones (Muennighoff et al. 2023, arXiv 2305.16264)",
+    )  # fmt: skip
     cache_path: str | None = var(
         "DATA_CACHE_PATH", BY_RULE, "folder for index files, shared by all nodes", text="`cache` beside the first prefix",
     )  # fmt: skip
@@ -272,6 +294,12 @@ class Data(Section):
     eod_mask_loss: bool = var(
         "EOD_MASK_LOSS", False, "leave out of the loss what is predicted from a document's end", state=OURS
     )
+
+    @property
+    def paths(self) -> Paths:
+        """What the run draws from; empty for mock data."""
+        own = {"train": self.train_blend, "valid": self.valid_blend, "test": self.test_blend}
+        return {name: blend for name, blend in own.items() if blend} if self.train_blend else self.blend or ()
 
 
 class Checkpoint(Section):

@@ -6,9 +6,8 @@ is laid out over processes changes it. A run that consumed n samples goes on wit
 
 from __future__ import annotations
 
-import logging
+import functools
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,16 +20,16 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megatron_rocm.data.facts import SPLITS, Blend, require_sample, split_ranges
-from megatron_rocm.data.indexed import open_index
+from megatron_rocm.config.blend import Paths, blends
+from megatron_rocm.data import native
+from megatron_rocm.data.epoch_index import Epoch, cache_folder, ensure, load, plan, positions
+from megatron_rocm.data.facts import SPLITS, blends_of
+from megatron_rocm.data.mixture import shares
 from megatron_rocm.errors import UsageError
-
-log = logging.getLogger(__name__)
 
 Item = dict[str, torch.Tensor]
 # The blend's pattern repeats after so many samples: weights hold to a millionth, and any position is found at once.
 BLEND_PERIOD = 1 << 20
-INDEX_FILES = ("document", "sample", "shuffle")
 
 
 class Endless(Protocol):
@@ -61,7 +60,7 @@ class _Ids:
 
 
 def build(
-    paths: Blend | None,
+    paths: Paths | None,
     split: str,
     seq_length: int,
     seed: int,
@@ -72,8 +71,11 @@ def build(
     *,
     reset_position_ids: bool = False,
     eod_mask_loss: bool = False,
+    blend_by: str = "token",
 ) -> Splits:
-    """The splits in `names`. No `paths` means mock data, which needs no files and has no EODs.
+    """The splits in `names`: shares of a blend by `split`, or blends of their own, `paths` by name.
+
+    No `paths` means mock data, which needs no files and has no EODs. `blend_by` says what weights count (mixture.py).
 
     `reset_position_ids` counts from 0 again after each EOD; `eod_mask_loss` leaves out of the loss what follows an EOD.
     Which samples there are, and the index files, depend on neither.
@@ -86,12 +88,11 @@ def build(
         made = {name: MockDataset(seq_length, vocab_size, eod, seed, SPLITS.index(name)) for name in names}
         return Splits(*(made.get(name) for name in SPLITS))
 
-    cache = Path(cache_path) if cache_path else Path(paths[0][1]).parent / "cache"
-    prefixes = [prefix for _, prefix in paths]
+    cache = cache_folder(cache_path, paths)
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
-        blend=(prefixes, None),
+        blend=([prefix for blend in blends(paths) for _, prefix in blend], None),
         split=split,
         path_to_cache=str(cache),
         tokenizer=_Ids(vocab_size, eod),
@@ -100,18 +101,18 @@ def build(
         eod_mask_loss=eod_mask_loss,
         create_attention_mask=False,
     )
-    shares = [one for one, bounds in zip(SPLITS, split_ranges(split, 10**9), strict=True) if len(bounds)]
-    wanted = [name for name in SPLITS if name in names and name in shares]
 
-    def open_all() -> dict[str, list[OneEpoch]]:
-        return {name: [_one_epoch(prefix, name, config) for prefix in prefixes] for name in wanted}
+    @functools.cache
+    def epochs() -> dict[str, list[Epoch]]:
+        return plan(paths, split, names, seq_length, seed)
 
-    _in_turns(open_all)
-    weights = np.array([1.0 if weight is None else weight for weight, _ in paths])
+    _in_turns(lambda: [ensure(epoch, cache) for parts in epochs().values() for epoch in parts])
     splits: dict[str, Endless] = {}
-    for name, parts in open_all().items():
-        endless = [EndlessDataset(part, seed) for part in parts]
-        splits[name] = endless[0] if len(endless) == 1 else BlendedDataset(endless, weights)
+    for name, blend in blends_of(paths, split, names).items():
+        parts = epochs()[name]
+        weights = shares(blend, [one.stop - one.start for one in parts], [one.tokens for one in parts], blend_by)
+        endless = [EndlessDataset(OneEpoch(epoch, name, config), seed) for epoch in parts]
+        splits[name] = endless[0] if len(endless) == 1 else BlendedDataset(endless, np.array(weights))
     return Splits(*(splits.get(name) for name in SPLITS))
 
 
@@ -138,61 +139,22 @@ def _in_turns(build_files) -> None:  # type: ignore[no-untyped-def]
                 raise UsageError(one)
 
 
-def _one_epoch(prefix: str, name: str, config: GPTDatasetConfig) -> OneEpoch:
-    index = open_index(prefix)
-    documents = split_ranges(config.split, len(index.lengths))[SPLITS.index(name)]
-    require_sample(index, name, documents, config.split, config.sequence_length)
-    indices = np.arange(documents.start, documents.stop, dtype=np.int32)
-    low_level = GPTDataset.build_low_level_dataset(prefix, config)
-    return OneEpoch(low_level, prefix, indices, None, Split[name], config)
-
-
 class OneEpoch(GPTDataset):
-    """megatron-core's GPTDataset of one epoch, in its order; only its index files are kept more carefully.
+    """megatron-core's GPTDataset of one epoch, in its order, over an index file of ours that is there.
 
-    megatron-core writes them in place (a killed run leaves half a file, which the next one reads), on global rank 0
+    megatron-core writes its own in place (a killed run leaves half a file, which the next one reads), on global rank 0
     only (a cache on the node's own disk stays empty elsewhere), and under a name that prefix and settings alone make
     up (data prepared anew under its old name is read through the old index).
     """
 
+    def __init__(self, epoch: Epoch, name: str, config: GPTDatasetConfig) -> None:
+        self._epoch = epoch
+        low_level = GPTDataset.build_low_level_dataset(epoch.prefix, config)
+        # The documents' numbers: kept by megatron-core and read nowhere, so not as an array.
+        super().__init__(low_level, epoch.prefix, range(epoch.start, epoch.stop), None, Split[name], config)
+
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        content = zlib.crc32(np.ascontiguousarray(self.dataset.sequence_lengths).data)
-        base = Path(self.config.path_to_cache, f"{self.unique_description_hash}-{content:08x}-{self.index_split.name}")
-        paths = [base.with_name(f"{base.name}-{kind}_index.npy") for kind in INDEX_FILES]
-        if not all(path.is_file() for path in paths):
-            self._write_indices(paths)
-        document, sample, shuffle = (np.load(path, mmap_mode="r") for path in paths)
-        return document, sample, shuffle
-
-    def _write_indices(self, paths: list[Path]) -> None:
-        random = np.random.RandomState(self.config.random_seed)
-        document = self.indices.copy()
-        random.shuffle(document)
-        lengths = self.dataset.sequence_lengths
-        tokens = int(lengths[self.indices].sum(dtype=np.int64))
-        sample = helpers.build_sample_idx(lengths, document, self.config.sequence_length, 1, tokens, True, True)
-        shuffle = _positions(len(sample) - 1)
-        random.shuffle(shuffle)
-        folder = paths[0].parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path, array in zip(paths, (document, sample, shuffle), strict=True):
-                partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-                try:
-                    with open(partial, "wb") as file:
-                        np.save(file, array)
-                    os.replace(partial, path)
-                finally:
-                    partial.unlink(missing_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"DATA_CACHE_PATH={folder}: index files can't be written ({error.strerror}). "
-                "Give a folder that this user may write to, with room for about 20 bytes per document and sample"
-            ) from None
-
-
-def _positions(size: int) -> np.ndarray:
-    return np.arange(size, dtype=np.uint32 if size < 2**32 else np.int64)
+        return load(self._epoch, Path(self.config.path_to_cache))
 
 
 class EndlessDataset:
@@ -211,8 +173,8 @@ class EndlessDataset:
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
             # RandomState's streams are frozen across numpy versions; Generator's are not (NEP 19).
-            order = _positions(self.size)
-            np.random.RandomState([self._seed, epoch]).shuffle(order)
+            order = positions(self.size)
+            native.shuffle(order, np.random.RandomState([self._seed, epoch]))
             self._order = epoch, order
         return self._order[1]
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_rocm.config.blend import OWN_PATHS, SPLITS, Blend, Paths
 from megatron_rocm.data.hub import is_hub_name
 from megatron_rocm.data.indexed import Index, open_index, read_sidecar
 from megatron_rocm.data.tokenizer import TokenizerInfo, check_type, inspect
 from megatron_rocm.errors import UsageError
 
-Blend = Sequence[tuple["float | None", str]]
-
-SPLITS = ("train", "valid", "test")
-SMALLEST_SHARE = 1e-5  # of a blend's weights; less than that is a slip of the pen, and would hardly ever be drawn
 SAMPLE_BYTES, SAMPLE_CHUNKS = 64 << 20, 64
 
 
@@ -34,48 +30,11 @@ class DataFacts:
     tokens: int
 
 
-def parse_blend(text: str) -> tuple[tuple[float | None, str], ...]:
-    """DATA_PATH as Megatron reads it: one prefix, or `weight prefix weight prefix …`.
-
-    A prefix may carry its .bin or .idx. One prefix has weight None; weights are as typed, not normalised.
-    """
-    words = text.split()
-    if not words:
-        raise UsageError("DATA_PATH is empty: give the prefix of a .bin/.idx pair, or leave it unset for mock data")
-    if len(words) == 1:
-        return ((None, _strip(words[0])),)
-    way_out = "give one prefix, or a weight before each: DATA_PATH='0.7 first/prefix 0.3 second/prefix'"
-    if len(words) % 2:
-        raise UsageError(f"DATA_PATH={text}: {len(words)} words can't be pairs of weight and prefix; {way_out}")
-    blend: list[tuple[float, str]] = []
-    for word, prefix in zip(words[::2], words[1::2], strict=True):
-        try:
-            weight = float(word)
-        except ValueError:
-            raise UsageError(f"DATA_PATH={text}: {word!r} stands where a weight must; {way_out}") from None
-        if not math.isfinite(weight) or weight < 0:
-            raise UsageError(f"DATA_PATH={text}: the weight {word} of {prefix} must be a number from 0 up; {way_out}")
-        blend.append((weight, _strip(prefix)))
-    total = sum(weight for weight, _ in blend)
-    if total <= 0:
-        raise UsageError(f"DATA_PATH={text}: the weights add up to 0; {way_out}")
-    for weight, prefix in blend:
-        if weight / total < SMALLEST_SHARE:
-            raise UsageError(
-                f"DATA_PATH={text}: the weight of {prefix} is under {SMALLEST_SHARE:g} of the sum; leave it out"
-            )
-    return tuple(blend)
-
-
-def _strip(prefix: str) -> str:
-    return re.sub(r"\.(bin|idx)$", "", prefix)
-
-
 def parse_split(text: str) -> tuple[float, float, float]:
-    """SPLIT, e.g. `99,1,0` or `0.9,0.1`: shares of training, validation and test, normalised to the sum 1."""
+    """SPLIT, e.g. `99,1,0`, `969/30/1` or `0.9,0.1`: shares of train, valid and test, normalised to the sum 1."""
     rule = "up to three numbers from 0 up, e.g. SPLIT=99,1,0"
     try:
-        shares = [float(word) for word in text.split(",")]
+        shares = [float(word) for word in text.replace("/", ",").split(",")]
     except ValueError:
         raise UsageError(f"SPLIT={text}: must be {rule}") from None
     if len(shares) > 3 or not all(math.isfinite(share) and share >= 0 for share in shares) or shares[0] <= 0:
@@ -96,20 +55,42 @@ def split_ranges(split: str, sequences: int) -> tuple[range, range, range]:
     return range(bounds[0], bounds[1]), range(bounds[1], bounds[2]), range(bounds[2], bounds[3])
 
 
-def check_size(paths: Blend, split: str, seq_length: int, names: Sequence[str] = ("train",)) -> None:
+def blends_of(paths: Paths, split: str, names: Sequence[str]) -> dict[str, Blend]:
+    """The blend of each split in `names` that has data: a share of `paths` by SPLIT, or paths of its own."""
+    if isinstance(paths, Mapping):
+        return {name: paths[name] for name in names if name in paths}
+    shares = dict(zip(SPLITS, split_ranges(split, 10**9), strict=True))
+    return {name: paths for name in names if shares[name]}
+
+
+def documents_of(paths: Paths, split: str, name: str, documents: int) -> range:
+    """Which of a source's documents belong to a split: its share of them, or all where the paths are its own."""
+    return range(documents) if isinstance(paths, Mapping) else split_ranges(split, documents)[SPLITS.index(name)]
+
+
+def check_size(paths: Paths, split: str, seq_length: int, names: Sequence[str] = ("train",)) -> None:
     """Raise UsageError where a split of one of the prefixes does not fill a single sequence."""
-    for _, prefix in paths:
-        index = open_index(prefix)
-        ranges = dict(zip(SPLITS, split_ranges(split, len(index.lengths)), strict=True))
-        for name in names:
-            require_sample(index, name, ranges[name], split, seq_length)
+    for name, blend in blends_of(paths, split, names).items():
+        for _, prefix in blend:
+            index = open_index(prefix)
+            documents = documents_of(paths, split, name, len(index.lengths))
+            require_sample(index, name, documents, None if isinstance(paths, Mapping) else split, seq_length)
 
 
-def require_sample(index: Index, name: str, documents: range, split: str, seq_length: int) -> None:
-    """Raise UsageError where these documents of `index` hold less than one sequence and its last label."""
+def require_sample(index: Index, name: str, documents: range, split: str | None, seq_length: int) -> None:
+    """Raise UsageError where these documents of `index` hold less than one sequence and its last label.
+
+    `split` is None where they are all of a path that is the split's own.
+    """
     tokens = int(index.lengths[documents.start : documents.stop].sum(dtype=np.int64))
     if tokens > seq_length:
         return
+    if split is None:
+        more = "a smaller SEQ_LENGTH" if name == "train" else "set EVAL_ITERS=0"
+        raise UsageError(
+            f"{OWN_PATHS[name]}={index.prefix}: has {tokens:,} tokens, and SEQ_LENGTH={seq_length} needs "
+            f"{seq_length + 1:,}. Give more text, or {more}"
+        )
     more = "a smaller SEQ_LENGTH" if name == "train" else "a larger share, or set EVAL_ITERS=0"
     raise UsageError(
         f"DATA_PATH={index.prefix}: its {name} split (SPLIT={split}) has {tokens:,} of the {index.tokens:,} tokens, in "
@@ -118,7 +99,7 @@ def require_sample(index: Index, name: str, documents: range, split: str, seq_le
     )
 
 
-def describe(paths: Blend, tokenizer_type: str, tokenizer_model: str | None, *, offline: bool = False) -> DataFacts:
+def describe(paths: Paths, tokenizer_type: str, tokenizer_model: str | None, *, offline: bool = False) -> DataFacts:
     """Check the data and its tokenizer, and say what the model must know of them.
 
     Where `prepare` made the data, its sidecar names the tokenizer; one given besides must be the same. Data of
@@ -127,17 +108,19 @@ def describe(paths: Blend, tokenizer_type: str, tokenizer_model: str | None, *, 
     Raises UsageError for every fault of the files, of the tokenizer, and where the two don't belong together.
     """
     check_type(tokenizer_type)
-    indexes = [open_index(prefix) for _, prefix in paths]
-    sidecars = {index.prefix: _sidecar(index) for index in indexes}
-    known = {prefix: _recorded(sidecar["tokenizer"]) for prefix, sidecar in sidecars.items() if sidecar}
+    keys = _variables(paths)
+    indexes = [open_index(prefix, key) for prefix, key in keys.items()]
+    sidecars = {index.prefix: _sidecar(index, keys[index.prefix]) for index in indexes}
+    known = {prefix: recorded(sidecar["tokenizer"]) for prefix, sidecar in sidecars.items() if sidecar}
     prints = {info.fingerprint for info in known.values()}
     if len(prints) > 1:
         lines = "; ".join(f"{prefix}: {info.model}" for prefix, info in known.items())
-        raise UsageError(f"DATA_PATH: a blend must share one tokenizer, but here are {lines}. Prepare all with one")
+        named = " and ".join(dict.fromkeys(keys.values()))
+        raise UsageError(f"{named}: a blend must share one tokenizer, but here are {lines}. Prepare all with one")
 
     made_with = next(iter(known.values()), None)
     if tokenizer_model is None and made_with is None:
-        where = f" with DATA_PATH={indexes[0].prefix}" if indexes else ""
+        where = f" with {keys[indexes[0].prefix]}={indexes[0].prefix}" if indexes else ""
         raise UsageError(
             f"TOKENIZER_MODEL is needed{where}: nothing beside the data names its tokenizer. "
             "Give the folder or hub name of the tokenizer that made it"
@@ -147,16 +130,27 @@ def describe(paths: Blend, tokenizer_type: str, tokenizer_model: str | None, *, 
         said = known.get(index.prefix)
         if said is not None and said.fingerprint != info.fingerprint:
             raise UsageError(
-                f"TOKENIZER_MODEL={tokenizer_model}: DATA_PATH={index.prefix} was made with another tokenizer, "
-                f"{said.model} ({said.vocab_size:,} ids; this one has {info.vocab_size:,}). "
+                f"TOKENIZER_MODEL={tokenizer_model}: {keys[index.prefix]}={index.prefix} was made with another "
+                f"tokenizer, {said.model} ({said.vocab_size:,} ids; this one has {info.vocab_size:,}). "
                 "Unset TOKENIZER_MODEL to use the data's own, or prepare the data with this one"
             )
         if said is None:
-            _check_ids(index, info)
+            _check_ids(index, info, keys[index.prefix])
     model = info.model
     if made_with is not None and tokenizer_model is None:
         model = resolve_model(model, next(iter(known)))
     return DataFacts(info.vocab_size, info.eod, model, info.fingerprint, sum(index.tokens for index in indexes))
+
+
+def _variables(paths: Paths) -> dict[str, str]:
+    """Each prefix once, with the variable that names it."""
+    if not isinstance(paths, Mapping):
+        return {prefix: "DATA_PATH" for _, prefix in paths}
+    keys: dict[str, str] = {}
+    for name in SPLITS:
+        for _, prefix in paths.get(name, ()):
+            keys.setdefault(prefix, OWN_PATHS[name])
+    return keys
 
 
 def resolve_model(model: str, prefix: str) -> str:
@@ -172,7 +166,8 @@ def _tokenizer(made_with: TokenizerInfo | None, type: str, model: str | None, of
     return inspect(model, type, offline)
 
 
-def _recorded(tokenizer: dict[str, Any]) -> TokenizerInfo:
+def recorded(tokenizer: dict[str, Any]) -> TokenizerInfo:
+    """A sidecar's tokenizer."""
     return TokenizerInfo(
         type=tokenizer["type"],
         model=tokenizer["model"],
@@ -183,17 +178,17 @@ def _recorded(tokenizer: dict[str, Any]) -> TokenizerInfo:
     )
 
 
-def _sidecar(index: Index) -> dict[str, Any] | None:
+def _sidecar(index: Index, key: str) -> dict[str, Any] | None:
     sidecar = read_sidecar(index.prefix)
     if sidecar is not None and sidecar.get("tokens") != index.tokens:
         raise UsageError(
-            f"DATA_PATH={index.prefix}: {index.prefix}.json speaks of {sidecar.get('tokens')} tokens and the .idx of "
+            f"{key}={index.prefix}: {index.prefix}.json speaks of {sidecar.get('tokens')} tokens and the .idx of "
             f"{index.tokens}. Copy .bin, .idx and .json together, or prepare them anew"
         )
     return sidecar
 
 
-def _check_ids(index: Index, info: TokenizerInfo) -> None:
+def _check_ids(index: Index, info: TokenizerInfo, key: str) -> None:
     tokens = np.memmap(f"{index.prefix}.bin", index.dtype, "r")
     size = SAMPLE_BYTES // SAMPLE_CHUNKS // index.dtype.itemsize
     if len(tokens) <= size * SAMPLE_CHUNKS:
@@ -204,6 +199,6 @@ def _check_ids(index: Index, info: TokenizerInfo) -> None:
     highest = max(int(tokens[start : start + size].max()) for start in starts)
     if highest >= info.vocab_size:
         raise UsageError(
-            f"TOKENIZER_MODEL={info.model}: DATA_PATH={index.prefix} holds the id {highest:,}, and this tokenizer has "
+            f"TOKENIZER_MODEL={info.model}: {key}={index.prefix} holds the id {highest:,}, and this tokenizer has "
             f"{info.vocab_size:,} ids only: it is not the one that made the data. Give that one"
         )

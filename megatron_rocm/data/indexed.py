@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,8 +40,21 @@ class Index:
     tokens: int
 
 
-def open_index(prefix: str, key: str = "DATA_PATH") -> Index:
-    """The index of PREFIX.bin/PREFIX.idx. Raises UsageError, naming `key`, where the two are not whole and a pair."""
+@dataclass(frozen=True)
+class Header:
+    """The head of a whole `.idx` file, and its `.bin` file's size in bytes. `boundaries` are documents + 1."""
+
+    dtype: np.dtype
+    sequences: int
+    boundaries: int
+    bin_size: int
+
+
+def read_header(prefix: str, key: str = "DATA_PATH") -> Header:
+    """What PREFIX.idx announces; both files are there, and the `.idx` has the size of what it announces.
+
+    Raises UsageError, naming `key`, where that is not so.
+    """
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     missing = [path for path in (bin_path, idx_path) if not path.is_file()]
     if len(missing) == 2:
@@ -51,10 +66,6 @@ def open_index(prefix: str, key: str = "DATA_PATH") -> Index:
         raise UsageError(
             f"{key}={prefix}: {missing[0]} is missing, its other half is there: copy both, or prepare them anew"
         )
-
-    def broken(path: Path, why: str) -> UsageError:
-        return UsageError(f"{key}={prefix}: {path} {why}: copy both files again, or prepare them anew")
-
     try:
         size, bin_size = idx_path.stat().st_size, bin_path.stat().st_size
         with open(idx_path, "rb") as file:
@@ -62,34 +73,45 @@ def open_index(prefix: str, key: str = "DATA_PATH") -> Index:
     except OSError as error:
         raise UsageError(f"{key}={prefix}: {idx_path} can't be read: {error.strerror}") from None
     if head[: len(MAGIC)] != MAGIC[: len(head)] or not head:
-        raise broken(idx_path, "is not a megatron-core index (it does not begin with MMIDIDX)")
+        raise broken(prefix, "idx", "is not a megatron-core index (it does not begin with MMIDIDX)", key)
     if len(head) < HEADER.size:
-        raise broken(idx_path, f"is truncated: {size} bytes, the header alone has {HEADER.size}")
+        raise broken(prefix, "idx", f"is truncated: {size} bytes, the header alone has {HEADER.size}", key)
     _, version, code, sequences, boundaries = HEADER.unpack(head)
     if version != 1:
-        raise broken(idx_path, f"has version {version}, known is 1")
+        raise broken(prefix, "idx", f"has version {version}, known is 1", key)
     if code not in DTYPES:
-        raise broken(idx_path, f"holds data type {code}, not token ids")
+        raise broken(prefix, "idx", f"holds data type {code}, not token ids", key)
     expected = HEADER.size + 12 * sequences + 8 * boundaries
     if size == expected + sequences and sequences:
-        raise broken(idx_path, "is a multimodal index, which a Llama can't be trained on")
+        raise broken(prefix, "idx", "is a multimodal index, which a Llama can't be trained on", key)
     if size != expected:
         state = "truncated" if size < expected else "damaged"
-        raise broken(idx_path, f"is {state}: {size} bytes, its header announces {expected}")
-    if not sequences:
-        raise broken(idx_path, "holds no documents")
+        raise broken(prefix, "idx", f"is {state}: {size} bytes, its header announces {expected}", key)
+    return Header(np.dtype(DTYPES[code]), sequences, boundaries, bin_size)
 
+
+def broken(prefix: str, kind: str, why: str, key: str = "DATA_PATH") -> UsageError:
+    """The error that PREFIX.`kind` is damaged."""
+    return UsageError(f"{key}={prefix}: {prefix}.{kind} {why}: copy both files again, or prepare them anew")
+
+
+def open_index(prefix: str, key: str = "DATA_PATH") -> Index:
+    """The index of PREFIX.bin/PREFIX.idx. Raises UsageError, naming `key`, where the two are not whole and a pair."""
+    head = read_header(prefix, key)
+    if not head.sequences:
+        raise broken(prefix, "idx", "holds no documents", key)
+    idx_path, sequences, boundaries, dtype = f"{prefix}.idx", head.sequences, head.boundaries, head.dtype
     lengths = np.memmap(idx_path, np.int32, "r", HEADER.size, (sequences,))
     pointers = np.memmap(idx_path, np.int64, "r", HEADER.size + 4 * sequences, (sequences,))
     ends = np.memmap(idx_path, np.int64, "r", HEADER.size + 12 * sequences, (boundaries,))
-    dtype = np.dtype(DTYPES[code])
     tokens = int(lengths.sum(dtype=np.int64))
     last = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize
     if int(lengths.min()) < 0 or not boundaries or int(ends[-1]) != sequences or last != tokens * dtype.itemsize:
-        raise broken(idx_path, "is damaged: its lengths, offsets and document ends contradict each other")
-    if bin_size != last:
-        state = "truncated" if bin_size < last else "not the one that belongs to its .idx"
-        raise broken(bin_path, f"is {state}: {bin_size} bytes, {idx_path.name} announces {last}")
+        raise broken(prefix, "idx", "is damaged: its lengths, offsets and document ends contradict each other", key)
+    if head.bin_size != last:
+        state = "truncated" if head.bin_size < last else "not the one that belongs to its .idx"
+        why = f"is {state}: {head.bin_size} bytes, {Path(idx_path).name} announces {last}"
+        raise broken(prefix, "bin", why, key)
     return Index(prefix, dtype, lengths, boundaries - 1, tokens)
 
 
@@ -97,7 +119,7 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
     """What `prepare` wrote beside the data; None where PREFIX.json is missing or is somebody else's file."""
     path = Path(f"{prefix}.json")
     try:
-        if path.stat().st_size > 1 << 20:
+        if path.stat().st_size > 1 << 24:
             return None
         sidecar = json.loads(path.read_bytes())
         known = sidecar["format"] == SIDECAR_FORMAT and isinstance(sidecar["source"], dict)
@@ -113,58 +135,92 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
+PARTIAL = ("bin", "lengths", "idx", "json")
+AT_ONCE = 1 << 20  # lengths that are in memory while the index is made
+
+
 class IndexedWriter:
     """Streams documents into PREFIX.bin.partial; `finalize` gives the three files their names, `.idx` last.
 
     A pair with an `.idx` is therefore always whole. Byte-identical to Megatron-LM's IndexedDatasetBuilder with one
-    sequence per document. Left by an exception, it takes its partial files with it.
+    sequence per document: one without ids is a document of no sequence. Lengths wait in PREFIX.lengths.partial, so
+    memory does not grow. `tokens` and `documents` go on with the files of a writer that had committed so many.
+    Left by an exception, it takes its partial files with it.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int) -> None:
+    def __init__(self, prefix: str | Path, vocab_size: int, tokens: int = 0, documents: int = 0) -> None:
         self.prefix = str(prefix)
         self.dtype = token_dtype(vocab_size)
-        self.tokens = 0
-        self.documents = 0
-        self._lengths: list[np.ndarray] = []
-        self._bin = open(self._partial("bin"), "wb")  # noqa: SIM115
+        self.tokens = tokens
+        self.documents = documents
+        self._bin = self._open("bin", tokens * self.dtype.itemsize)
+        self._lengths = self._open("lengths", documents * 4)
 
-    def _partial(self, kind: str) -> str:
-        return f"{self.prefix}.{kind}.partial"
+    def _open(self, kind: str, size: int) -> FileIO:
+        # Unbuffered: what a full disk refused must not be written again when the file is closed.
+        file = open(partial(self.prefix, kind), "r+b" if size else "w+b", buffering=0)  # noqa: SIM115
+        file.truncate(size)
+        file.seek(size)
+        return file
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: their ids one after the other, and the length of each. An empty one is left out."""
-        lengths = np.asarray(lengths, np.int32)
-        lengths = lengths[lengths > 0]
-        self._bin.write(np.ascontiguousarray(ids, self.dtype).data)
-        self._lengths.append(lengths)
+        """Append documents: their ids one after the other, and the length of each."""
+        _write(self._bin, np.ascontiguousarray(ids, self.dtype))
+        _write(self._lengths, np.ascontiguousarray(lengths, np.int32))
         self.tokens += len(ids)
         self.documents += len(lengths)
 
+    def commit(self) -> None:
+        """Have on the disk what has been added."""
+        _sync(self._bin)
+        _sync(self._lengths)
+
     def finalize(self, sidecar: dict[str, Any] | None = None) -> None:
         """Write everything out and rename it. `sidecar` becomes PREFIX.json."""
-        lengths = np.concatenate([np.empty(0, np.int32), *self._lengths])
-        pointers = np.zeros(len(lengths), np.int64)
-        np.cumsum(lengths[:-1], out=pointers[1:], dtype=np.int64)
-        pointers *= self.dtype.itemsize
+        self.seal(sidecar)
+        publish(self.prefix)
+
+    def seal(self, sidecar: dict[str, Any] | None = None) -> None:
+        """All of `finalize` but the renaming, which `publish` does."""
         code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
-        with open(self._partial("idx"), "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
-            for array in (lengths, pointers, np.arange(len(lengths) + 1, dtype=np.int64)):
-                file.write(array.data)
+        with open(partial(self.prefix, "idx"), "wb") as file:
+            file.write(HEADER.pack(MAGIC, 1, code, 0, self.documents + 1))
+            sequences = 0
+            for lengths in self._blocks():
+                file.write(lengths[lengths > 0].data)
+                sequences += np.count_nonzero(lengths)
+            offset = 0
+            for lengths in self._blocks():
+                lengths = lengths[lengths > 0].astype(np.int64) * self.dtype.itemsize
+                ends = np.cumsum(lengths) + offset
+                file.write((ends - lengths).data)
+                offset = int(ends[-1]) if len(ends) else offset
+            documents = 0
+            file.write(np.zeros(1, np.int64).data)
+            for lengths in self._blocks():
+                ends = np.cumsum(lengths > 0, dtype=np.int64) + documents
+                file.write(ends.data)
+                documents = int(ends[-1])
+            file.seek(0)
+            file.write(HEADER.pack(MAGIC, 1, code, sequences, self.documents + 1))
             _sync(file)
-        _sync(self._bin)
-        self._bin.close()
+        self.commit()
+        self.close()
         if sidecar is not None:
-            with open(self._partial("json"), "w") as text:
+            with open(partial(self.prefix, "json"), "w") as text:
                 json.dump(sidecar, text, indent=1)
                 text.write("\n")
                 _sync(text)
-        # What stood here before stops being a pair first: old ids must never be read through a new index.
-        for kind in ("idx", "json"):
-            Path(f"{self.prefix}.{kind}").unlink(missing_ok=True)
-        for kind in ("bin", "json", "idx") if sidecar is not None else ("bin", "idx"):
-            os.replace(self._partial(kind), f"{self.prefix}.{kind}")
-        sync_folder(Path(self.prefix).parent)
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        self._lengths.seek(0)
+        while len(block := np.frombuffer(self._lengths.read(4 * AT_ONCE), np.int32)):
+            yield block
+
+    def close(self) -> None:
+        """Leave the partial files as they are."""
+        self._bin.close()
+        self._lengths.close()
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -172,9 +228,38 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bin.close()
-        for part in ("bin", "json", "idx"):
-            Path(self._partial(part)).unlink(missing_ok=True)
+        self.close()
+        discard(self.prefix)
+
+
+def partial(prefix: str, kind: str) -> str:
+    """Where a file of PREFIX is written before it gets its name."""
+    return f"{prefix}.{kind}.partial"
+
+
+def publish(prefix: str) -> None:
+    """Give sealed files their names, `.idx` last; where that was interrupted, the rest of them."""
+    if os.path.exists(partial(prefix, "bin")):
+        # What stood here before stops being a pair first: old ids must never be read through a new index.
+        for kind in ("idx", "json"):
+            Path(f"{prefix}.{kind}").unlink(missing_ok=True)
+    for kind in ("bin", "json", "idx"):
+        if os.path.exists(partial(prefix, kind)):
+            os.replace(partial(prefix, kind), f"{prefix}.{kind}")
+    sync_folder(Path(prefix).parent)
+    discard(prefix)
+
+
+def discard(prefix: str) -> None:
+    """Remove what an unfinished writer left."""
+    for kind in PARTIAL:
+        Path(partial(prefix, kind)).unlink(missing_ok=True)
+
+
+def _write(file: FileIO, array: np.ndarray) -> None:
+    left = array.view(np.uint8).data
+    while left:
+        left = left[file.write(left) :]
 
 
 def _sync(file: Any) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import orjson
 
 from megatron_rocm.data.hub import MAIN_FILES, TokenizerFiles, find_files
 from megatron_rocm.data.spm import read_model
@@ -55,13 +56,38 @@ class TokenizerInfo:
 
 
 class Encoder(Protocol):
-    """Text to ids, special tokens (Llama: the leading BOS) added as the tokenizer itself adds them."""
+    """Text to ids, special tokens (Llama: the leading BOS) added as the tokenizer itself adds them, or left out."""
 
     info: TokenizerInfo
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """All ids one after the other (uint32), and the number of ids of each text."""
+    def encode_batch(self, texts: Sequence[str], eod: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """All ids one after the other (uint32), and the number of ids of each text.
+
+        `eod` ends each text; one without ids stays empty, as in Megatron-LM's preprocess_data.py.
+        """
         ...
+
+
+def framed(
+    ids: np.ndarray, lengths: np.ndarray, head: Sequence[int] = (), eod: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of texts with `head` before those of each, and `eod` after each that then has any."""
+    if not head and eod is None:
+        return ids, lengths
+    full = lengths + len(head)
+    grown = full if eod is None else full + (full > 0)
+    ends = np.cumsum(grown)
+    starts = ends - grown
+    added = [(starts + at, id) for at, id in enumerate(head)]
+    if eod is not None:
+        added.append((ends[grown > 0] - 1, eod))
+    theirs = np.ones(int(ends[-1]) if len(ends) else 0, bool)
+    out = np.empty(len(theirs), ids.dtype)
+    for places, id in added:
+        theirs[places] = False
+        out[places] = id
+    out[theirs] = ids
+    return out, grown
 
 
 def check_type(type: str) -> None:
@@ -84,13 +110,17 @@ def inspect(model: str, type: str = "HuggingFaceTokenizer", offline: bool = Fals
     return _describe(find_files(model, type, offline), model, type)
 
 
-def load(model: str | TokenizerInfo, type: str = "HuggingFaceTokenizer", offline: bool = False) -> Encoder:
-    """The encoder of a tokenizer; arguments and errors as for `inspect`."""
-    name, type = (model.model, model.type) if isinstance(model, TokenizerInfo) else (model, type)
-    check_type(type)
-    files = find_files(name, type, offline)
-    info = _describe(files, name, type)
-    return _SentencePieceEncoder(info, files.main) if files.sentencepiece else _FastEncoder(info, files.main)
+def load(
+    model: str | TokenizerInfo, type: str = "HuggingFaceTokenizer", offline: bool = False, bos: bool = True
+) -> Encoder:
+    """The encoder of a tokenizer; arguments and errors as for `inspect`. Without `bos` no special tokens are added."""
+    if isinstance(model, TokenizerInfo):
+        info, files = model, find_files(model.model, model.type, offline)
+    else:
+        check_type(type)
+        files = find_files(model, type, offline)
+        info = _describe(files, model, type)
+    return (_SentencePieceEncoder if files.sentencepiece else _FastEncoder)(info, files.main, bos)
 
 
 def _describe(files: TokenizerFiles, model: str, kind: str) -> TokenizerInfo:
@@ -104,7 +134,7 @@ def _describe(files: TokenizerFiles, model: str, kind: str) -> TokenizerInfo:
         # Unigram has a list of [piece, score], all others {token: id}.
         ids = dict(vocab) if isinstance(vocab, dict) else {piece[0]: id for id, piece in enumerate(vocab)}
         ids.update({token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()})
-        if any(type(id) is not int or id < 0 for id in ids.values()):
+        if {*map(type, ids.values())} != {int} or min(ids.values()) < 0:
             raise ValueError("ids are whole numbers from 0 up")
         size = max(ids.values()) + 1
         fingerprint = _fingerprint(tokenizer)
@@ -127,9 +157,10 @@ def _fingerprint(tokenizer: dict[str, Any]) -> str:
     """sha256 over vocabulary, merges and added tokens, whichever way the library that saved them spells them."""
     model = tokenizer["model"]
     vocab = model["vocab"]
+    merges = model.get("merges") or []
     parts = {
         "vocab": sorted(vocab.items(), key=lambda item: item[1]) if isinstance(vocab, dict) else vocab,
-        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ()],
+        "merges": merges if merges and isinstance(merges[0], str) else list(map(" ".join, merges)),
         "added": sorted((token["id"], token["content"]) for token in tokenizer.get("added_tokens") or ()),
     }
     return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
@@ -148,7 +179,7 @@ def _special(files: TokenizerFiles, model: str, name: str) -> str | None:
 
 def _read_json(path: Path, model: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = orjson.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(
             f"TOKENIZER_MODEL={model}: {path} can't be read ({error}); get or save the tokenizer again"
@@ -159,7 +190,7 @@ def _read_json(path: Path, model: str) -> dict[str, Any]:
 
 
 class _FastEncoder:
-    def __init__(self, info: TokenizerInfo, path: Path) -> None:
+    def __init__(self, info: TokenizerInfo, path: Path, bos: bool) -> None:
         from tokenizers import Tokenizer
 
         self.info = info
@@ -174,15 +205,15 @@ class _FastEncoder:
         self._tokenizer.no_padding()
         # A literal "<|end_of_text|>" inside a document is text, it must not end the document.
         self._tokenizer.encode_special_tokens = True
+        self._bos = bos
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        encoded = [np.array(one.ids, np.uint32) for one in self._tokenizer.encode_batch_fast(list(texts))]
-        lengths = np.array([len(ids) for ids in encoded], np.int64)
-        return np.concatenate([np.empty(0, np.uint32), *encoded]), lengths
+    def encode_batch(self, texts: Sequence[str], eod: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=self._bos)
+        return framed(*_joined([one.ids for one in encoded]), eod=eod)
 
 
 class _SentencePieceEncoder:
-    def __init__(self, info: TokenizerInfo, path: Path) -> None:
+    def __init__(self, info: TokenizerInfo, path: Path, bos: bool) -> None:
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError:
@@ -192,18 +223,23 @@ class _SentencePieceEncoder:
             ) from None
         self.info = info
         self._processor = SentencePieceProcessor(model_file=str(path))
+        self._bos = bos and info.bos is not None  # Megatron-LM's own Llama2Tokenizer begins every document with it
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        bos = self.info.bos is not None  # Megatron-LM's Llama2Tokenizer begins every document with it
-        encoded = [np.array(ids, np.uint32) for ids in self._processor.encode(list(texts), add_bos=bos)]
-        lengths = np.array([len(ids) for ids in encoded], np.int64)
-        return np.concatenate([np.empty(0, np.uint32), *encoded]), lengths
+    def encode_batch(self, texts: Sequence[str], eod: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return framed(*_joined(self._processor.encode(list(texts), add_bos=self._bos, num_threads=1)), eod=eod)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, out_dir: str | Path) -> TokenizerInfo:
+def _joined(encoded: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    arrays = [np.array(ids, np.uint32) for ids in encoded]
+    return np.concatenate([np.empty(0, np.uint32), *arrays]), np.array([len(ids) for ids in arrays], np.int64)
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, out_dir: str | Path, facts: dict[str, Any] | None = None
+) -> TokenizerInfo:
     """Train a byte-level BPE in Llama 3's manner and write a folder that transformers' AutoTokenizer loads.
 
-    The folder appears whole or not at all, replaces one of the same name, and holds a `trained.json` that says so.
+    The folder appears whole or not at all, replaces one of the same name, and holds `facts` as `trained.json`.
     The vocabulary is smaller than asked for where the text has no more pairs to merge. Raises UsageError for a size
     outside 300 to 200,000.
     """
@@ -246,7 +282,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out_dir: str | Path) -> Tok
         tokenizer.save(str(partial / "tokenizer.json"))
         (partial / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
         (partial / "special_tokens_map.json").write_text(json.dumps(special, indent=1) + "\n")
-        (partial / "trained.json").write_text(json.dumps({"by": "megatron-rocm", "vocab_size": vocab_size}) + "\n")
+        (partial / "trained.json").write_text(json.dumps(facts or {}) + "\n")
         if out.exists():
             shutil.rmtree(out)
         os.replace(partial, out)

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_rocm.config.schema import RunConfig, Section
+from megatron_rocm.data.mixture import table
 from megatron_rocm.launch.command import command
 from megatron_rocm.resolve import Resolution
+from megatron_rocm.train.ramp import samples_of
 
 UNNAMED_MASTER = "NODE0"
 MOST_LINES = 64  # of more nodes the first two and the last are shown: the lines differ in NODE_RANK alone
@@ -21,6 +23,8 @@ def text(resolution: Resolution) -> str:
     parts = [_configuration(resolution)]
     if resolution.notes:
         parts.append("notes\n" + "\n".join(f"  {note}" for note in resolution.notes))
+    if lines := data_lines(run):
+        parts.append("data\n" + "\n".join(f"  {line}" for line in lines))
     parts.append("environment\n" + "\n".join(_rows(_environment(resolution))))
     parts.append(f"command on this node (node {run.launch.node_rank})\n  {shlex.join(command(run))}")
     if run.parallel.nnodes > 1:
@@ -35,7 +39,19 @@ def short(resolution: Resolution) -> str:
         values = " ".join(f"{name}={shlex.quote(value)}" for name, value, _ in rows)
         lines.append(textwrap.fill(values, 118, initial_indent=f"{section:<13}", subsequent_indent=" " * 13,
                                    break_long_words=False, break_on_hyphens=False))  # fmt: skip
-    return "\n".join([*lines, *(f"note: {note}" for note in resolution.notes)])
+    told = data_lines(resolution.config) if resolution.config.launch.node_rank == 0 else []
+    return "\n".join([*lines, *(f"note: {note}" for note in resolution.notes), *told])
+
+
+def data_lines(run: RunConfig) -> list[str]:
+    """What each source of the data gives to the whole run, from its first step on; nothing for mock data."""
+    data, training, evaluations = run.data, run.training, run.logging.eval_iters
+    if not data.paths:
+        return []
+    samples = {"train": samples_of(training, 0, training.train_iters)}
+    if evaluations > 0:
+        samples["valid"] = evaluations * training.global_batch_size
+    return table(data.paths, data.split, data.blend_by, training.seq_length, samples, data.blend_max_epochs)
 
 
 def _configuration(resolution: Resolution) -> str:
@@ -59,7 +75,9 @@ def shown(value: Any) -> str:
     """A value as a person would type it."""
     if isinstance(value, tuple):  # a list, or a data blend: weight prefix weight prefix …
         parts = [part if isinstance(part, tuple) else (part,) for part in value]
-        return " ".join(shown(one) for part in parts for one in (part[-1:] if len(parts) == 1 else part))
+        return " ".join(
+            shown(one) for part in parts for one in (part[-1:] if len(parts) == 1 else part) if one is not None
+        )
     if isinstance(value, bool):
         return str(int(value))
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -27,7 +27,7 @@ def folders(run: RunConfig) -> None:
     named = (
         ("LOG_DIR", run.launch.log_dir),
         ("SAVE_CKPT_PATH", run.checkpoint.save),
-        ("DATA_CACHE_PATH", run.data.cache_path if run.data.blend else None),
+        ("DATA_CACHE_PATH", run.data.cache_path if run.data.paths else None),
     )
     for variable, folder in named:
         if folder:

@@ -41,7 +41,7 @@ class Row:
 
 def head(run: RunConfig, steps: int) -> list[str]:
     """What is compared, and the names of the columns."""
-    training, data = run.training, "your data" if run.data.blend else "mock data"
+    training, data = run.training, "your data" if run.data.paths else "mock data"
     many = "1 step" if steps == 1 else f"{steps} steps"
     return [
         f"{run.model.title} in {run.precision.dtype.upper()}, {many} of {training.global_batch_size} sequences of "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import replace
 
-from megatron_rocm.config.presets import PRESETS
+from megatron_rocm.config.blend import OWN_PATHS, PATH_VARIABLES
+from megatron_rocm.config.presets import PRESETS, default_seq_length
 from megatron_rocm.config.request import RunRequest
 from megatron_rocm.config.schema import variables
 from megatron_rocm.config.variable import BY_RULE
@@ -85,7 +87,7 @@ def _batch_defaults(draft: Draft, family: str) -> None:
         unit = draft["MBS"] * max(1, draft.dp) * draft["PP"]
         batch = -(-8 // unit) * unit
         draft.set("BS", batch, "default" if batch == 8 else f"rule: a multiple of MBS·DP·PP = {unit}")
-    draft.default("SEQ_LENGTH", 4096 if family == "llama2" else 2048)
+    draft.default("SEQ_LENGTH", default_seq_length(family, draft["MODEL_SIZE"]))
     draft.default("TOTAL_ITERS", 12)
 
 
@@ -101,6 +103,7 @@ def _other_defaults(draft: Draft, request: RunRequest) -> None:
     draft.default("MASTER_PORT", 6020 if request.family == "llama2" else 6000)
     draft.default("SPLIT", "99,1,0")
     draft.set("SPLIT_SHARES", parse_split(draft["SPLIT"]), "rule")
+    _own_paths(draft)
     draft.set("WANDB", "WANDB_API_KEY" in request.said, "rule")
     parallel = draft.world > draft.model_parallel
     fully = draft["FSDP"] or draft["MEGATRON_FSDP"]
@@ -116,6 +119,15 @@ def _other_defaults(draft: Draft, request: RunRequest) -> None:
     room = draft["LR_DECAY_ITERS"] - draft["LR_WARMUP_ITERS"]
     if draft.values.get("LR_DECAY_STYLE") == "WSD":
         draft.default("LR_WSD_DECAY_ITERS", max(1, min(draft["LR_DECAY_ITERS"] // 10, room)))
+
+
+def _own_paths(draft: Draft) -> None:
+    """The blends of a file that names the splits, as if each had been said by its own variable."""
+    whole = draft.values.get("DATA_PATH")
+    if isinstance(whole, Mapping):
+        for split, blend in whole.items():
+            draft.set(OWN_PATHS[split], blend, draft.origins["DATA_PATH"])
+        draft.set("DATA_PATH", None, draft.origins["DATA_PATH"])
 
 
 # What PyTorch's and Megatron's FSDP each do in their own way.
@@ -141,7 +153,12 @@ NEEDS: dict[str, tuple[str, Test]] = {
     "OPTIMIZER_OFFLOAD_FRACTION": ("OPTIMIZER_CPU_OFFLOAD=1", lambda d: d["OPTIMIZER_CPU_OFFLOAD"]),
     **dict.fromkeys(
         ("RESET_ATTENTION_MASK", "EOD_MASK_LOSS"),
-        ("DATA_PATH: mock data has no ends of documents", lambda d: bool(d["DATA_PATH"])),
+        ("DATA_PATH: mock data has no ends of documents", lambda d: bool(d["DATA_PATH"] or d["TRAIN_DATA_PATH"])),
+    ),
+    "SPLIT": ("DATA_PATH: each split has paths of its own", lambda d: not d["TRAIN_DATA_PATH"]),
+    "BLEND_BY": (
+        "a blend of several sources",
+        lambda d: any(len(d[name] or ()) > 1 for name in PATH_VARIABLES),
     ),
 }
 

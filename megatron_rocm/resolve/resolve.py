@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rocm.config import core_fields, schema
+from megatron_rocm.config.blend import PATH_VARIABLES, Paths, chosen
 from megatron_rocm.config.presets import GUIDE_SIZE, PRESETS, sizes
 from megatron_rocm.config.request import RunRequest
 from megatron_rocm.config.schema import RunConfig
-from megatron_rocm.data.facts import DataFacts, check_size, describe, parse_blend
+from megatron_rocm.data.facts import DataFacts, check_size, describe
 from megatron_rocm.data.hub import is_hub_name
 from megatron_rocm.errors import UsageError
 from megatron_rocm.plan.memory import GIB, lower_bound
@@ -65,9 +66,9 @@ def resolve(
         raise UsageError(f"{error}. {_on_nodes(request, nodes)}" if nodes else str(error)) from None
     config = _config(draft, request, facts, now or datetime.datetime.now())
     _check_fit(config, request, machine, facts)
-    if draft["DATA_PATH"]:
+    if config.data.paths:
         names = ("train", "valid") if draft["EVAL_ITERS"] > 0 else ("train",)
-        check_size(parse_blend(draft["DATA_PATH"]), draft["SPLIT"], draft["SEQ_LENGTH"], names)
+        check_size(config.data.paths, draft["SPLIT"], draft["SEQ_LENGTH"], names)
     elif facts is None and request.text("TOKENIZER_MODEL"):
         draft.notes.append("TOKENIZER_MODEL is looked up when the run starts; here the vocabulary is the published one")
     tuning = request.text("GEMM_TUNING", "1") == "1"
@@ -77,21 +78,27 @@ def resolve(
 
 def _data(request: RunRequest, dry_run: bool, describe: Describe) -> DataFacts | None:
     """What the data and the tokenizer are; None for mock data without a tokenizer."""
-    path, mock = request.text("DATA_PATH"), request.text("MOCK_DATA")
-    if path and mock == "1":
-        raise UsageError("MOCK_DATA=1 with DATA_PATH: take one of them away")
-    if mock == "0" and not path:
+    paths, mock = paths_of(request), request.text("MOCK_DATA")
+    if paths and mock == "1":
+        named = next(name for name in PATH_VARIABLES if name in request.said)
+        raise UsageError(f"MOCK_DATA=1 with {named}: take one of them away")
+    if mock == "0" and not paths:
         raise UsageError("MOCK_DATA=0: real data need DATA_PATH; prepare_dataset.sh makes some")
     model = request.text("TOKENIZER_MODEL") or None
-    if not path and not model:
+    if not paths and not model:
         return None
     kind = request.text("TOKENIZER_TYPE", "HuggingFaceTokenizer")
     try:
-        return describe(parse_blend(path) if path else (), kind, model, offline=dry_run)
+        return describe(paths, kind, model, offline=dry_run)
     except UsageError:
-        if dry_run and not path and model and is_hub_name(model):
+        if dry_run and not paths and model and is_hub_name(model):
             return None  # a plan needs no network
         raise
+
+
+def paths_of(request: RunRequest) -> Paths:
+    """What a request's run draws from; empty for mock data."""
+    return chosen({name: request.said[name].value for name in PATH_VARIABLES if name in request.said})
 
 
 def _size(request: RunRequest, machine: Machine, facts: DataFacts | None) -> str:
@@ -122,8 +129,8 @@ def _config(draft: Draft, request: RunRequest, facts: DataFacts | None, now: dat
     preset, machine, family = draft.preset, draft.machine, request.family
     vocab = facts.vocab_size if facts else preset.vocab_size
     unit = VOCAB_MULTIPLE * draft["TP"]
-    blend = parse_blend(draft["DATA_PATH"]) if draft["DATA_PATH"] else None
-    cache = draft.values.get("DATA_CACHE_PATH") or (blend and f"{os.path.dirname(blend[0][1]) or '.'}/cache")
+    first = next(iter(draft["TRAIN_DATA_PATH"] or draft["DATA_PATH"] or ()), None)
+    cache = draft.values.get("DATA_CACHE_PATH") or (first and f"{os.path.dirname(first[1]) or '.'}/cache")
     derived: dict[str, dict[str, Any]] = {
         "model": {
             **{name: getattr(preset, name) for name in _SHAPE},
@@ -141,7 +148,6 @@ def _config(draft: Draft, request: RunRequest, facts: DataFacts | None, now: dat
         },
         "training": {"num_micro_batches": draft.micro_batches},
         "data": {
-            "blend": blend and tuple((1.0 if weight is None else weight, prefix) for weight, prefix in blend),
             "cache_path": cache,
             "tokenizer_model": facts.tokenizer_model if facts else None,
             "eod": facts.eod if facts else preset.eod,

@@ -315,7 +315,9 @@ RULES = (
          "LR_DECAY_ITERS={LR_DECAY_ITERS}: set at most {room}", lambda d: {"room": d["LR_DECAY_ITERS"] - d["LR_WARMUP_ITERS"]}),
     Rule(("MIN_LR", "LR"), always, lambda d: d["MIN_LR"] <= d["LR"],
          "MIN_LR={MIN_LR} is above LR={LR}: the learning rate decays from LR to MIN_LR"),
-    Rule(("EVAL_ITERS", "SPLIT"), lambda d: d["EVAL_ITERS"] > 0, lambda d: d["SPLIT_SHARES"][1] > 0,
+    Rule(("EVAL_ITERS", "VALID_DATA_PATH"), lambda d: d["EVAL_ITERS"] > 0 and d["TRAIN_DATA_PATH"], lambda d: bool(d["VALID_DATA_PATH"]),
+         "EVAL_ITERS={EVAL_ITERS} with TRAIN_DATA_PATH: there is nothing to evaluate; give VALID_DATA_PATH, or set EVAL_ITERS=0"),
+    Rule(("EVAL_ITERS", "SPLIT"), lambda d: d["EVAL_ITERS"] > 0 and not d["TRAIN_DATA_PATH"], lambda d: d["SPLIT_SHARES"][1] > 0,
          "EVAL_ITERS={EVAL_ITERS} with SPLIT={SPLIT}: nothing is set aside for validation; give SPLIT a second share, "
          "such as 99,1,0"),
     Rule(("WANDB_API_KEY",), lambda d: d["WANDB"], lambda d: importlib.util.find_spec("wandb") is not None,

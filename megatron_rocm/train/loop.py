@@ -125,7 +125,7 @@ def open_data(run: RunConfig) -> tuple[Dataset[Any], Dataset[Any] | None]:
     """The training set, and the validation set where the run evaluates."""
     data, evaluates = run.data, run.logging.eval_iters > 0
     train_data, valid_data, _ = datasets.build(
-        data.blend,
+        data.paths,
         data.split,
         run.training.seq_length,
         run.training.seed,
@@ -135,6 +135,7 @@ def open_data(run: RunConfig) -> tuple[Dataset[Any], Dataset[Any] | None]:
         names=("train", "valid") if evaluates else ("train",),
         reset_position_ids=data.reset_position_ids,
         eod_mask_loss=data.eod_mask_loss,
+        blend_by=data.blend_by,
     )
     if train_data is None or (evaluates and valid_data is None):
         use = "train on" if train_data is None else "evaluate"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from web import Web
 
 from megatron_rocm.data.indexed import IndexedWriter
 from megatron_rocm.data.tokenizer import TokenizerInfo, train_bpe
@@ -101,3 +102,11 @@ def write_data():
         return str(prefix)
 
     return write
+
+
+@pytest.fixture
+def web():
+    """A running web server that fails as it is told; its `pages` are empty."""
+    web = Web()
+    yield web
+    web.close()

@@ -9,48 +9,14 @@ import numpy as np
 import pytest
 
 from megatron_rocm.data import facts
-from megatron_rocm.data.facts import check_size, describe, parse_blend, parse_split, split_ranges
+from megatron_rocm.data.facts import check_size, describe, parse_split, split_ranges
 from megatron_rocm.data.tokenizer import train_bpe
 from megatron_rocm.errors import UsageError
 
 HF = "HuggingFaceTokenizer"
 
 
-@pytest.mark.parametrize(
-    ("text", "blend"),
-    [
-        ("a/b", ((None, "a/b"),)),
-        ("a/b.bin", ((None, "a/b"),)),
-        ("a.idx", ((None, "a"),)),
-        (" 3 a\n1e0\tb.bin ", ((3.0, "a"), (1.0, "b"))),
-        ("0.5 7", ((0.5, "7"),)),
-    ],
-)
-def test_blend(text, blend):
-    assert parse_blend(text) == blend
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "is empty"),
-        ("0.5 a 0.5", "3 words"),
-        ("a b", "'a' stands where a weight must"),
-        ("0.5 a x b", "'x' stands where a weight must"),
-        ("-1 a 2 b", "the weight -1 of a"),
-        ("nan a 1 b", "the weight nan of a"),
-        ("inf a 1 b", "the weight inf of a"),
-        ("0 a 0 b", "add up to 0"),
-        ("1e-9 a 1 b", "the weight of a is under"),
-    ],
-)
-def test_bad_blend(text, words):
-    with pytest.raises(UsageError, match=words) as error:
-        parse_blend(text)
-    assert str(error.value).startswith("DATA_PATH")
-
-
-@pytest.mark.parametrize("split", ["99,1,0", "99990,8,2", "0.9,0.1", "1", "1,1,1", "969, 30, 1", "100,0,3"])
+@pytest.mark.parametrize("split", ["99,1,0", "99990,8,2", "0.9,0.1", "1", "1,1,1", "969, 30, 1", "969/30/1", "100,0,3"])
 def test_splits_are_megatron_cores(split):
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,
@@ -155,3 +121,18 @@ def test_too_little_text(write_data, tmp_path):
         check_size([(None, prefix)], "1", 100)
     with pytest.raises(UsageError, match="its valid split .* has 10 of the 100 tokens, in 1 of 10 documents"):
         check_size([(None, prefix)], "9,1", 10, ("train", "valid"))
+
+
+def test_paths_of_each_split(bpe, write_data, text, tmp_path):
+    train = write_data(tmp_path / "a", [[1] * 10] * 10, tokenizer=bpe)
+    valid = write_data(tmp_path / "b", [[1] * 4], tokenizer=bpe)
+    paths = {"train": [(None, train)], "valid": [(None, valid)]}
+    assert describe(paths, HF, None).tokens == 104
+    check_size(paths, "99,1,0", 3, ("train", "valid"))
+    with pytest.raises(UsageError, match=f"^VALID_DATA_PATH={valid}: has 4 tokens, and SEQ_LENGTH=4 needs 5"):
+        check_size(paths, "99,1,0", 4, ("train", "valid"))
+    with pytest.raises(UsageError, match="^VALID_DATA_PATH=.*nowhere: there is no"):
+        describe(paths | {"valid": [(None, str(tmp_path / "nowhere"))]}, HF, None)
+    other = write_data(tmp_path / "c", [[5]], tokenizer=train_bpe([text], 310, tmp_path / "other"))
+    with pytest.raises(UsageError, match="^TRAIN_DATA_PATH and VALID_DATA_PATH: a blend must share one tokenizer"):
+        describe(paths | {"valid": [(None, other)]}, HF, None)

@@ -10,7 +10,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from megatron_rocm.data.indexed import IndexedWriter, open_index, read_sidecar
+from megatron_rocm.data import indexed
+from megatron_rocm.data.indexed import IndexedWriter, open_index, publish, read_sidecar
 from megatron_rocm.errors import UsageError
 
 DOCUMENTS = [[5, 6, 7], [8], [9] * 1000, [1, 2]]
@@ -38,9 +39,49 @@ def test_same_bytes_as_megatron_core(tmp_path, vocab_size):
         assert (tmp_path / f"ours{kind}").read_bytes() == (tmp_path / f"theirs{kind}").read_bytes()
 
 
-def test_an_empty_document_leaves_no_trace(tmp_path):
+def test_an_empty_document_has_no_sequence(tmp_path):
     index = open_index(write(tmp_path / "a", [[1, 2], [], [3]]))
-    assert (index.documents, index.tokens, list(index.lengths)) == (2, 3, [2, 1])
+    assert (index.documents, index.tokens, list(index.lengths)) == (3, 3, [2, 1])
+
+
+def test_an_index_of_many_blocks_is_the_same(tmp_path, monkeypatch):
+    documents = [*DOCUMENTS, [], *DOCUMENTS, [], []]
+    write(tmp_path / "a", documents)
+    monkeypatch.setattr(indexed, "AT_ONCE", 2)
+    write(tmp_path / "b", documents)
+    assert (tmp_path / "a.idx").read_bytes() == (tmp_path / "b.idx").read_bytes()
+
+
+def test_a_writer_goes_on_with_what_another_committed(tmp_path):
+    write(tmp_path / "whole", DOCUMENTS)
+    first = IndexedWriter(tmp_path / "parts", 500)
+    for document in DOCUMENTS[:2]:
+        first.add(np.array(document, np.uint32), np.array([len(document)]))
+    tokens, documents = first.tokens, first.documents
+    first.commit()
+    first.add(np.array([7, 7], np.uint32), np.array([2]))
+    first.close()
+    second = IndexedWriter(tmp_path / "parts", 500, tokens, documents)
+    for document in DOCUMENTS[2:]:
+        second.add(np.array(document, np.uint32), np.array([len(document)]))
+    second.finalize()
+    for kind in ("bin", "idx"):
+        assert (tmp_path / f"parts.{kind}").read_bytes() == (tmp_path / f"whole.{kind}").read_bytes()
+
+
+@pytest.mark.parametrize("renamed", [(), ("bin",), ("bin", "json")])
+def test_renaming_that_was_interrupted_is_gone_on_with(tmp_path, renamed):
+    """Whatever stood there before is never mixed with it."""
+    prefix = write(tmp_path / "data", [[1, 1, 1]], sidecar={"old": 1})
+    writer = IndexedWriter(prefix, 500)
+    writer.add(np.array([2, 3], np.uint32), np.array([2]))
+    writer.seal({"new": 1})
+    for kind in renamed:
+        (tmp_path / "data.idx").unlink(missing_ok=True)
+        (tmp_path / f"data.{kind}.partial").rename(tmp_path / f"data.{kind}")
+    publish(prefix)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.idx", "data.json"]
+    assert open_index(prefix).tokens == 2 and (tmp_path / "data.json").read_text() == '{\n "new": 1\n}\n'
 
 
 def cut(kind, size):
@@ -120,7 +161,7 @@ def test_killed_in_mid_write_leaves_nothing_under_the_final_name(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["data.bin.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin.partial", "data.lengths.partial"]
     assert open_index(write(tmp_path / "data")).tokens == 1006
 
 

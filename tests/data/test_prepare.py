@@ -58,13 +58,6 @@ def test_without_eod(call, bpe, tmp_path):
     assert [list(one) for one in documents(prefix)] == [one[:-1] for one in encoded(bpe, "a", "b")]
 
 
-def test_many_batches_keep_their_order(call, bpe, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 50)
-    texts = [f"document {number}" for number in range(200)]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    assert [list(one) for one in documents(call(INPUT=tmp_path / "in.jsonl"))] == encoded(bpe, *texts)
-
-
 def test_folder(call, bpe, tmp_path, capsys):
     folder = tmp_path / "texts"
     (folder / "sub").mkdir(parents=True)
@@ -85,7 +78,7 @@ def test_folder(call, bpe, tmp_path, capsys):
 def test_a_lone_text_file_becomes_many_documents(tmp_path, monkeypatch):
     text = "".join(f"line {number}\n" + "\n" * (number % 7 == 0) for number in range(2000)) + "x" * 300_000 + "ü" * 1000
     (tmp_path / "in.txt").write_text(text)
-    pieces = list(corpus.find(str(tmp_path / "in.txt"), None).texts())
+    pieces = list(corpus.texts(corpus.find(str(tmp_path / "in.txt"), None).sources))
     assert "".join(pieces) == text
     assert all(piece.endswith("\n\n") for piece in pieces[:2]) and max(map(len, pieces)) < 300_000
 
@@ -110,7 +103,7 @@ def test_train_round_trip(call, text, tmp_path, capsys):
 def test_default_corpus_is_pythons_own(call):
     prefix = call(MAX_MB=0.2)
     assert 0.2e6 <= read_sidecar(prefix)["bytes"] < 1e6
-    names = [name for _, name in corpus.find(None, None).files]
+    names = [source.name for source in corpus.find(None, None).sources]
     assert "argparse.py" in names and not any(
         {"test", "tests", "site-packages"} & set(Path(name).parts) for name in names
     )
@@ -169,12 +162,14 @@ def test_killed_in_mid_write(tmp_path, bpe, text):
     end = time.monotonic() + 30
     while time.monotonic() < end and not (partial.exists() and partial.stat().st_size):
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
     # A second one finds the folder held.
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 2 and "another `prepare` is writing there" in second.stderr
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [".prepare.lock", partial.name]
+    names = {path.name for path in (tmp_path / "data").iterdir()}
+    assert not names & {f"data_text_document.{kind}" for kind in ("bin", "idx", "json")}
     (tmp_path / "in.txt").write_text(text)
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert not partial.exists() and open_index(str(tmp_path / "data" / "data_text_document")).tokens
@@ -189,8 +184,10 @@ def test_killed_in_mid_write(tmp_path, bpe, text):
         ({"TOKENIZER_MODEL": "train:99999999999"}, "from 300 to 200000"),
         ({"TOKENIZER_MODEL": "train:500", "TOKENIZER_TYPE": "Llama2Tokenizer"}, "makes a HuggingFaceTokenizer"),
         ({"TOKENIZER_TYPE": "NullTokenizer"}, "^TOKENIZER_TYPE=NullTokenizer is not supported"),
-        ({"DATASET": "wiki"}, "^DATASET=wiki: downloading wiki is not in this version"),
-        ({"DATASET": "c4"}, "^DATASET=c4: must be local"),
+        ({"DATASET": "wiki", "INPUT": "x"}, "^INPUT=x: belongs to DATASET=local"),
+        ({"DATASET": "c4"}, "^SHARDS is needed"),
+        ({"DATASET": "pile"}, "^DATASET=pile: there is local"),
+        ({"DOWNLOAD_ONLY": "1"}, "^DOWNLOAD_ONLY=1: DATASET=local has nothing to download"),
         ({"TOKENIZER_MODE": "x"}, "^TOKENIZER_MODE=x: unknown key.*TOKENIZER_MODEL"),
         ({"HF_TOKEN": "x"}, "^HF_TOKEN: a secret"),
         ({"APPEND_EOD": "yes"}, "^APPEND_EOD=yes: must be 0 or 1"),

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_rocm.config import RunConfig, read
+from megatron_rocm.config.blend import PATH_VARIABLES
 from megatron_rocm.config.others import OTHERS
 from megatron_rocm.config.schema import variables
 from megatron_rocm.errors import UsageError
@@ -17,7 +18,8 @@ from megatron_rocm.platform.settings import LIBRARY_PREFIXES
 from megatron_rocm.resolve import resolve
 
 NOON = datetime.datetime(2026, 1, 2, 12)
-NAMES = [v.name for v in variables() if v.name not in ("DATA_PATH", "TOKENIZER_MODEL")] + [o.name for o in OTHERS]
+FILES = (*PATH_VARIABLES, "TOKENIZER_MODEL")
+NAMES = [v.name for v in variables() if v.name not in FILES] + [o.name for o in OTHERS]
 SIZES = ["tiny", "1", "3", "7", "8", "13", "34", "70", "405", "code7", "code34", "8B", "70b"]
 
 # Values that make sense, so that many requests get past the parser, and values that don't.

@@ -147,6 +147,7 @@ class Checkout:
     def __init__(self, folder: Path, monkeypatch):
         self.root, self.venv, self.calls, self.fail = folder, folder / ".venv", [], False
         for name in make_venv.INPUTS:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(CONSTRAINTS if name == "constraints.txt" else "")
         monkeypatch.setattr(make_venv, "run", self.run)
 
@@ -237,6 +238,7 @@ def test_on_top_of_a_container_whose_python_is_a_virtual_environment(tmp_path, g
         f"class cuda:\n    is_available = staticmethod(lambda: {gpu})\n    device_count = staticmethod(lambda: 8)\n"
     )
     for name in make_venv.INPUTS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(CONSTRAINTS)
     code = IN_A_CONTAINER.format(tools=str(SCRIPT.parent), venv=str(venv), root=str(tmp_path))
     subprocess.run([str(container / "bin" / "python"), "-c", code], check=True, timeout=120)
