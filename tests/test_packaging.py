@@ -45,7 +45,7 @@ OF_EXTRAS = {
 }
 
 # What benchmarks compare with where somebody has installed it.
-PEERS = {"torchtitan"}
+PEERS = {"datatrove", "mistral-common", "torchtitan"}
 
 
 def names(requirements: list[str]) -> set[str]:

@@ -76,6 +76,12 @@ def check(run: RunConfig, saved: dict[str, Any], path: Path) -> None:
                 f"the checkpoint {path} is of another {section}: {differences}. "
                 "Use the settings it was made with, or another SAVE_CKPT_PATH"
             )
+    there, here = saved["data"].get("fingerprint"), run.data.fingerprint
+    if there and here and there != here:
+        raise UsageError(
+            f"the checkpoint {path} was trained on data of another tokenizer ({saved['data']['tokenizer_model']}) than "
+            f"this run's ({run.data.tokenizer_model}): the same ids are other words. Prepare the data with that one"
+        )
 
 
 def _load(path: Path, state: State, stored: Collection[str], *, with_rng: bool) -> None:

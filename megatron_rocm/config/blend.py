@@ -88,9 +88,10 @@ def _checked(pairs: Sequence[tuple[float | None, str]], where: str, way_out: str
     for weight, prefix in blend:
         if weight is not None and (not math.isfinite(weight) or weight < 0):
             raise UsageError(f"{where}: the weight {weight:g} of {prefix} must be a number from 0 up; {way_out}")
-        if prefix in seen:
+        place = os.path.abspath(prefix)  # `a` and `./a` are one
+        if place in seen:
             raise UsageError(f"{where}: {prefix} is named twice; name it once, with the sum of its weights")
-        seen.add(prefix)
+        seen.add(place)
     weights = [weight for weight, _ in blend if weight is not None]
     if weights and len(weights) < len(blend):
         raise UsageError(f"{where}: some prefixes have a weight and some have none; {way_out}")
@@ -115,8 +116,20 @@ def _of_file(file: str, key: str) -> Paths:
     import yaml
 
     where = f"{key}={file}"
+
+    class Loader(yaml.SafeLoader):
+        """Of two lines for one prefix yaml keeps the last and says nothing."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [name.value for name, _ in node.value]
+            for number, name in enumerate(names):
+                if name in names[:number]:
+                    line = node.value[number][0].start_mark.line + 1
+                    raise UsageError(f"{where}: line {line}: {name} is named twice; name it once")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(Path(file).expanduser().read_text())
+        content = yaml.load(Path(file).expanduser().read_text(), Loader)
     except OSError as error:
         raise UsageError(f"{where}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

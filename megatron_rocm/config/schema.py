@@ -285,6 +285,7 @@ class Data(Section):
         text="what the data was made with; without data none is needed",
     )  # fmt: skip
     eod: int = Field(description="id that ends a document")
+    fingerprint: str | None = Field(None, description="of the tokenizer that made the data")
     reset_attention_mask: bool = var(
         "RESET_ATTENTION_MASK", False, "attention does not cross the end of a document within a sample", state=OURS
     )

@@ -196,7 +196,13 @@ def _append(source: Path, out: IO[bytes], check: bool) -> None:
 @contextmanager
 def _readable(source: Path) -> Iterator[Any]:
     try:
-        with open(source, "rb") as file:
+        file = open(source, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(
+            f"{source}: can't be read ({error.strerror}). Give yourself permission, or get it again"
+        ) from None
+    try:
+        with file:
             yield file
     except Damaged as damage:
         raise UsageError(f"{source}: {damage}. Remove it and download it again") from None

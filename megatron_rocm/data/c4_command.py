@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_rocm.config.request import nearest
 from megatron_rocm.data import c4
+from megatron_rocm.data.side_by_side import side_by_side
 from megatron_rocm.errors import UsageError
 
 SAMPLES = 91205  # tokenized by Mixtral 8x22B's, they are the 47,185,920 tokens that MLPerf evaluates on, and few more
@@ -175,10 +176,7 @@ def consolidate(request: Request) -> None:
 
     index, count = request.part
     # Decompressing and copying let other threads run.
-    with ThreadPoolExecutor(request.workers) as pool:
-        running = [pool.submit(make, *task) for task in tasks[index::count]]
-        for one in running:
-            one.result()
+    side_by_side([partial(make, *task) for task in tasks[index::count]], request.workers)
 
 
 def preprocess(request: Request) -> None:

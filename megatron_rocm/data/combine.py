@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,12 @@ def concat(prefixes: Sequence[str], out: str, *, key: str = "PREFIX", overwrite:
     """Write OUT.bin, OUT.idx and, where the parts have one, OUT.json: all documents of the parts, in their order.
 
     Parts without documents are let pass. Nothing has its final name until all of it is on disk and checked.
-    Raises UsageError, naming `key`, for parts that are damaged, named twice, of different data types or tokenizers, or
-    without the checksum their sidecar names; and for an OUT that exists (unless `overwrite`) or can't be written.
+    Raises UsageError, naming `key`, for parts that are damaged, named twice, packed for fine-tuning, of different data
+    types or tokenizers, or without the checksum their sidecar names; and for an OUT that exists (unless `overwrite`) or
+    can't be written.
     """
-    twice = sorted({prefix for prefix in prefixes if list(prefixes).count(prefix) > 1})
+    files = [os.path.realpath(f"{prefix}.bin") for prefix in prefixes]  # `a`, `./a` and a link to it are one
+    twice = sorted({prefix for prefix, file in zip(prefixes, files, strict=True) if files.count(file) > 1})
     if not prefixes or twice:
         named = f"{key}={twice[0]} is named twice" if twice else f"{key}: there is nothing to put together"
         raise UsageError(f"{named}; name each pair once (the weights of a blend repeat data)")
@@ -50,6 +53,7 @@ def concat(prefixes: Sequence[str], out: str, *, key: str = "PREFIX", overwrite:
     pairs = [check_offsets(prefix, key) for prefix in prefixes]
     first = pairs[0]
     for pair in pairs:
+        refuse_packed(pair.prefix, key)
         if pair.head.dtype != first.head.dtype:
             raise UsageError(
                 f"{key}={pair.prefix}: holds {pair.head.dtype} ids and {first.prefix} {first.head.dtype}: different "
@@ -71,6 +75,15 @@ def concat(prefixes: Sequence[str], out: str, *, key: str = "PREFIX", overwrite:
         result = Combined(out, len(pairs), documents, tokens, writer.checksum)
         writer.finish(_sidecar(result, pairs, sidecars, parts))
     return result
+
+
+def refuse_packed(prefix: str, key: str) -> None:
+    """Raise UsageError for packed sequences, whose loss mask would be left behind."""
+    if "supervised" in (read_sidecar(prefix) or {}):
+        raise UsageError(
+            f"{key}={prefix}: is packed for fine-tuning, and its loss mask can't come along. Put the prompts and "
+            "answers together, or divide them, and pack those: `megatron-rocm data pack`"
+        )
 
 
 def refuse_existing(out: str, prefixes: Sequence[str], overwrite: bool) -> None:

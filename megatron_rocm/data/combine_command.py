@@ -110,6 +110,11 @@ def _require_all_shards(prefixes: Sequence[str], folder: str) -> None:
     """Raise UsageError where the shards of a job are here, but not all of them, or others besides."""
     shards = [(read_sidecar(prefix) or {"source": {}})["source"].get("shard") for prefix in prefixes]
     known = [shard for shard in shards if shard]
+    for prefix, shard in zip(prefixes, shards, strict=True):
+        if shard and not (isinstance(shard, list) and [type(number) for number in shard] == [int, int]):
+            raise UsageError(
+                f"--input={folder}: {prefix}.json names the shard {shard!r}, and not [number, of how many]"
+            )
     if not known:
         return
     count = known[0][1]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rocm.data.combine import FRAMES, moved, refuse_existing, writing
+from megatron_rocm.data.combine import FRAMES, moved, refuse_existing, refuse_packed, writing
 from megatron_rocm.data.indexed import SIDECAR_FORMAT, read_sidecar
 from megatron_rocm.data.pairs import Pair, PairWriter, check_offsets, mapped, raw_blocks, read_entries, require_checksum
 from megatron_rocm.errors import UsageError
@@ -168,8 +168,9 @@ def _sidecar(pair: Pair, sidecar: dict[str, Any] | None, part: Part, made_of: di
 
 
 def open_checked(prefix: str) -> Pair:
-    """The pair to divide. Raises UsageError where it is damaged or holds no documents."""
+    """The pair to divide. Raises UsageError where it is damaged, packed for fine-tuning, or holds no documents."""
     pair = check_offsets(prefix, "PREFIX")
+    refuse_packed(prefix, "PREFIX")
     if not pair.documents:
         raise UsageError(f"PREFIX={prefix}: holds no documents, so there is nothing to divide")
     return pair

@@ -51,8 +51,11 @@ def _one_by_one(payload: bytes, key: str) -> tuple[list[str], list[Fault]]:
 
 
 def _document(line: bytes, key: str) -> str:
-    """With the standard library, which knows NaN and tells what is wrong better."""
-    value = json.loads(line.decode("utf-8-sig"))
+    """What the fast parser refuses is the standard library's, which knows NaN and tells what is wrong better."""
+    try:
+        value = orjson.loads(line)  # first, so that a line is judged alike whatever its neighbours are
+    except ValueError:
+        value = json.loads(line.decode("utf-8-sig"))
     if not isinstance(value, dict):
         raise TypeError(f"it is a {_kind(value)}")
     text = value[key]

@@ -317,13 +317,14 @@ class _Run:
 
     def _broken_file(self, chunk: Chunk) -> None:
         file = self.sources[chunk.source]
-        if file.optional:
+        if file.kind == "text" and file.optional:
             self.state.passed_over += 1
             return
         where = ""
+        way_out = "Give UTF-8 text, JSON Lines, or a folder of them" if file.kind == "text" else "Get the file again"
         if file.kind not in ("text", "parquet"):
             where = f", after line {source.lines_before(file, chunk.begin) + chunk.line:,}"
-        self._stop(f"{file.path}: {chunk.fault}{where}", "Get the file again")
+        self._stop(f"{file.path}: {chunk.fault}{where}", way_out)
         self._show(f"{file.path}: {chunk.fault}{where}; its rest is left out")
         self.state.skipped += 1
 

@@ -8,6 +8,9 @@ that changes under its name, and data that is moved or copied keeps it. No torch
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -224,10 +227,15 @@ def _crc(file: BinaryIO, size: int) -> int:
 
 def _write(path: Path, epoch: Epoch, index: EpochIndex) -> None:
     """Under its name once it is whole and on disk: several processes may write the same file at a time."""
-    partial = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
+    ours = f"{path.name}.{os.uname().nodename}"
+    for left in path.parent.glob(f"{glob.escape(ours)}.*.partial"):
+        _remove_abandoned(left)
+    partial = path.with_name(f"{ours}.{os.getpid()}.partial")
     sums = []
     try:
         with open(partial, "wb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(HEADER_SIZE)
             for array in index:
                 padding = bytes(-array.nbytes % ALIGNED)
@@ -242,3 +250,11 @@ def _write(path: Path, epoch: Epoch, index: EpochIndex) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _remove_abandoned(partial: Path) -> None:
+    """Remove what a killed process of this host was writing: a live one holds its lock from before its first byte."""
+    with contextlib.suppress(OSError), open(partial, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_size:
+            partial.unlink()

@@ -185,6 +185,11 @@ def _sidecar(index: Index, key: str) -> dict[str, Any] | None:
             f"{key}={index.prefix}: {index.prefix}.json speaks of {sidecar.get('tokens')} tokens and the .idx of "
             f"{index.tokens}. Copy .bin, .idx and .json together, or prepare them anew"
         )
+    if sidecar is not None and "supervised" in sidecar:
+        raise UsageError(
+            f"{key}={index.prefix}: is packed for fine-tuning, and pretraining knows no loss mask: it would learn the "
+            "prompts too. Prepare plain text: tools/preprocess_data.py"
+        )
     return sidecar
 
 

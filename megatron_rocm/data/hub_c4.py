@@ -6,15 +6,16 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_rocm.data import c4
 from megatron_rocm.data.download import download, verify
 from megatron_rocm.data.hub_datasets import commit_of, explain
+from megatron_rocm.data.side_by_side import side_by_side
 from megatron_rocm.errors import UsageError
 
 REPO, FOLDER = "allenai/c4", "en"
@@ -61,13 +62,7 @@ def fetch_c4(shards: Sequence[int], validation: bool, folder: Path, revision: st
         if not download(url, path, size=file.size, digest=digest, headers=headers) and check:
             verify(path, digest)
 
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        running = [pool.submit(get, file) for file in files]
-        try:
-            for one in running:
-                one.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    side_by_side([partial(get, file) for file in files], DOWNLOADS)
     print(
         f"{folder}: {len(files):,} files, {sum(file.size for file in files):,} bytes, as {commit} has them", flush=True
     )

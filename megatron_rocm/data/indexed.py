@@ -116,17 +116,29 @@ def open_index(prefix: str, key: str = "DATA_PATH") -> Index:
 
 
 def read_sidecar(prefix: str) -> dict[str, Any] | None:
-    """What `prepare` wrote beside the data; None where PREFIX.json is missing or is somebody else's file."""
+    """What `prepare` wrote beside the data; None where PREFIX.json is missing or is somebody else's file.
+
+    Raises UsageError for one of ours that was cut short on its way.
+    """
     path = Path(f"{prefix}.json")
     try:
         if path.stat().st_size > 1 << 24:
             return None
-        sidecar = json.loads(path.read_bytes())
+        text = path.read_bytes()
+    except OSError:
+        return None
+    try:
+        sidecar = json.loads(text)
+    except ValueError as error:
+        if not text.startswith(b'{\n "format"'):
+            return None
+        raise UsageError(f"{path} is damaged ({error}): copy it again from where the data were made") from None
+    try:
         known = sidecar["format"] == SIDECAR_FORMAT and isinstance(sidecar["source"], dict)
         tokenizer = sidecar["tokenizer"]
         typed = all(isinstance(tokenizer[key], kind) for key, kind in TOKENIZER_KEYS.items())
         return sidecar if known and typed else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return None
 
 

@@ -205,6 +205,7 @@ def _checks(pair: Pair, sidecar: dict[str, Any] | None, info: TokenizerInfo | No
         require_counts(pair, sidecar, "PREFIX")
     yield f"  offsets    all {pair.head.sequences:,} right"
     content = check_ids(pair, info.vocab_size if info else None, "PREFIX")
-    yield f"  ids        the highest is {content.highest:,}" + (f", of {info.vocab_size:,} there are" if info else "")
+    highest = f"the highest is {content.highest:,}" if pair.tokens else "none"
+    yield f"  ids        {highest}" + (f", of {info.vocab_size:,} there are" if info else "")
     require_checksum(pair, sidecar, content.checksum, "PREFIX")
     yield f"  checksum   {content.checksum}" + (", as recorded" if sidecar and "checksum" in sidecar else "")

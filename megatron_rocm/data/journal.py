@@ -103,6 +103,7 @@ def to_ourselves(prefix: str, key: str) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                lock.close()
                 raise UsageError(
                     f"{key}={prefix}: another run is writing there. Wait for it, or give another prefix"
                 ) from None

@@ -110,9 +110,10 @@ def _from_npy(args: argparse.Namespace, writer: PackWriter) -> dict[str, Any]:
             where = f"--input={path}: row {number:,}"
             if len(row.ids) > args.seq_length:
                 raise UsageError(f"{where} has {len(row.ids):,} tokens; give --seq-length={len(row.ids)} or more")
-            if int(row.ids.min()) < 0 or int(row.ids.max()) >= writer.tokenizer.vocab_size:
+            wrong = row.ids[(row.ids < 0) | (row.ids >= writer.tokenizer.vocab_size)]
+            if len(wrong):
                 raise UsageError(
-                    f"{where} holds the id {int(row.ids.max()):,}, --tokenizer-model={args.tokenizer_model} has only "
+                    f"{where} holds the id {wrong[0]:,}, --tokenizer-model={args.tokenizer_model} has only "
                     f"{writer.tokenizer.vocab_size:,}: another tokenizer made it"
                 )
             lengths = np.diff(np.append(row.starts, len(row.ids)))

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rocm.data.indexed import DTYPES, HEADER, MAGIC, Header, broken, discard, partial, publish, read_header
+from megatron_rocm.data.progress import Heartbeat
 from megatron_rocm.errors import UsageError
 
 BLOCK = 1 << 20  # entries of an index, or ids, read at once
@@ -150,10 +151,11 @@ def document_at(prefix: str, head: Header, byte: int) -> int:
 
 
 def raw_blocks(prefix: str, head: Header) -> Iterator[np.ndarray]:
-    """All ids of PREFIX.bin, a block at a time; each block is overwritten by the next."""
+    """All ids of PREFIX.bin, a block at a time; each block is overwritten by the next. Says how far it is."""
     space = np.empty(BLOCK * 4, head.dtype)
     view = space.data.cast("B")
     read = 0
+    progress = Heartbeat(f"{prefix}.bin", head.bin_size)
     with open(f"{prefix}.bin", "rb", buffering=0) as file:
         while size := file.readinto(view):
             while size % head.dtype.itemsize:
@@ -163,6 +165,7 @@ def raw_blocks(prefix: str, head: Header) -> Iterator[np.ndarray]:
                 size += more
             read += size
             yield space[: size // head.dtype.itemsize]
+            progress.show(read)
     if read != head.bin_size:
         raise UsageError(f"{prefix}.bin changed while it was read: {read} bytes instead of {head.bin_size}")
 
@@ -236,13 +239,20 @@ class PairWriter:
             fcntl.flock(self._bin, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._bin.close()
-            raise UsageError(
-                f"{key}={prefix}: another process is writing there. Wait for it, or name another"
-            ) from None
+            raise self._taken(key) from None
         except OSError:
             pass  # a file system without locks
+        # Opened just before the one that held the lock gave the file its final name, or removed it.
+        if not os.path.exists(self._bin.name) or not os.path.samestat(
+            os.fstat(self._bin.fileno()), os.stat(self._bin.name)
+        ):
+            self._bin.close()
+            raise self._taken(key)
         self._bin.truncate(0)
         Path(partial(prefix, "json")).unlink(missing_ok=True)  # of a killed one, and `publish` would take it
+
+    def _taken(self, key: str) -> UsageError:
+        return UsageError(f"{key}={self.prefix}: another process is writing there. Wait for it, or name another")
 
     @property
     def checksum(self) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_rocm.data import encode, engine, shards, source
+from megatron_rocm.data import encode, engine, shards, source, workers
 from megatron_rocm.data.command import Parser
 from megatron_rocm.data.engine import Job
 from megatron_rocm.data.indexed import read_sidecar
@@ -114,31 +114,42 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"{flag} is needed; `--help` shows the usage")
     if len(prefixes) > 1 and source.STDIN in said.input:
         raise UsageError("--json-keys: standard input can be read for one key only; give a file, or call once per key")
-    workers = engine.cores() if said.workers is None else said.workers
-    if workers < 1 or said.partitions < 1 or workers % said.partitions:
+    cpus = engine.cores() if said.workers is None else said.workers
+    if cpus < 1 or said.partitions < 1 or cpus % said.partitions:
         raise UsageError(
-            f"--workers={workers} --partitions={said.partitions}: both must be above 0, and the workers a multiple of "
+            f"--workers={cpus} --partitions={said.partitions}: both must be above 0, and the workers a multiple of "
             "the partitions"
         )
     without_bos = said.tokenizer_type in WITHOUT_BOS
-    info = inspect(said.tokenizer_model, "Llama2Tokenizer" if without_bos else said.tokenizer_type)
+    try:
+        info = inspect(said.tokenizer_model, "Llama2Tokenizer" if without_bos else said.tokenizer_type)
+    except UsageError as error:
+        raise UsageError(_as_flags(str(error))) from None
     job = Job(
         said.input,
         "",
         info,
         append_eod=said.append_eod,
         bos=not (without_bos or said.tokenizer_hf_no_include_special_tokens),
-        workers=workers,
+        workers=cpus,
         on_error=said.on_error,
         shard=_shard(said.shard) if said.shard else None,
         overwrite=said.overwrite,
     )
     jobs = [replace(job, key=key, prefix=prefix) for key, prefix in prefixes.items()]
+    if said.output_each and (said.shard or said.partitions > 1):
+        raise UsageError("--output-each: files are parts already; give it without --shard and --partitions")
     if said.output_each:
         jobs = [one for keyed in jobs for one in _each(keyed, said.output_prefix)]
     chooser = encode.Chooser(info, job.bos)
     for one in jobs:
-        _run(one, said.partitions, chooser)
+        try:
+            _run(one, said.partitions, chooser)
+        except engine.TextFault as fault:
+            # One of many outputs: a file without any text is no reason to leave out those after it.
+            if not (said.output_each and said.on_error == "skip"):
+                raise
+            print(f"skipped: {fault}", flush=True)
     return 0
 
 
@@ -193,6 +204,11 @@ def _without_effect(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
+def _as_flags(message: str) -> str:
+    """A message in the words of this command line, not of the scripts that take TOKENIZER_MODEL=… ."""
+    return re.sub(r"\bTOKENIZER_(TYPE|MODEL)=", lambda match: f"--tokenizer-{match[1].lower()}=", message)
+
+
 def _shard(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or not int(match[1]) < int(match[2]):
@@ -230,20 +246,34 @@ def _run(job: Job, partitions: int, chooser: encode.Chooser) -> None:
         for at in range(partitions)
     ]  # fmt: skip
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_partition, args=(part,)) for part in parts]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    processes = [context.Process(target=_partition, args=(part, os.getpid())) for part in parts]
+    with workers.unheard_interrupts():
+        for process in processes:
+            process.start()
+    try:
+        for process in processes:
+            process.join()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.terminate()
+            process.join()
+        raise
     if any(process.exitcode for process in processes):
         raise UsageError(f"--partitions={partitions}: not all parts were made, see above; run the same command again")
-    _merge(job.prefix, partitions, job.overwrite)
+    documents = sum((read_sidecar(part.prefix) or {})["documents"] for part in parts)
+    if documents:
+        _merge(job.prefix, partitions, job.overwrite)
     for part in parts:
         for kind in ("idx", "json", "bin"):
             Path(f"{part.prefix}.{kind}").unlink(missing_ok=True)
+    if not documents:
+        raise engine.TextFault(
+            f"--input={' '.join(job.inputs)}: holds no text. Give JSON Lines with the key `{job.key}`"
+        )
 
 
-def _partition(job: Job) -> None:
+def _partition(job: Job, parent: int) -> None:
+    workers.end_with(parent)  # left alone, it would keep the next call out
     try:
         print(engine.preprocess(job))
     except UsageError as error:

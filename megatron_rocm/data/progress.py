@@ -42,6 +42,27 @@ class Progress:
         print(line, flush=True)
 
 
+class Heartbeat:
+    """Of a pass over `total` bytes of which nothing else is to be seen."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total = what, total
+        self._began = self._shown = time.monotonic()
+
+    def show(self, done: int) -> None:
+        """Print how far it is, if the last line is SECONDS old."""
+        now = time.monotonic()
+        if now - self._shown < SECONDS or not done:
+            return
+        self._shown = now
+        seconds = now - self._began
+        print(
+            f"  {self._what}: {100 * done / self._total:.1f} % of {self._total / 1e6:,.0f} MB, "
+            f"{done / 1e6 / seconds:,.1f} MB/s, {_clock((self._total - done) * seconds / done)} left",
+            flush=True,
+        )
+
+
 def _start(source: Source) -> int:
     return source.start if source.kind == "lines" else 0
 

@@ -23,6 +23,7 @@ from megatron_rocm.errors import UsageError
 
 CHUNK = 4 << 20
 LONGEST_LINE = 1 << 30
+TOO_LONG = f"has a line of over {LONGEST_LINE >> 20} MiB; one JSON object a line is expected"
 BLOCK = 64 << 10  # of compressed data; gzip can make a thousand times as much of it
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
@@ -95,7 +96,7 @@ def find(inputs: Sequence[str], key: str = "--input") -> list[Source]:
             if not names:
                 what = "no file matches it" if glob.has_magic(path) else "no such file or folder"
                 raise UsageError(f"{key}={word}: {what}. Give JSON Lines (.jsonl, .gz, .zst), Parquet, a folder, or -")
-        found += [file(name) for name in names]
+        found += [file(name) for name in names if os.path.exists(name)]  # not where a link points to nothing
     if sum(source.path == STDIN for source in found) > 1:
         raise UsageError(f"{key}: standard input (-) can be read once only")
     return found
@@ -172,25 +173,22 @@ Part = tuple["bytes | list[Any]", int, int]  # payload, position and bytes done 
 def _lines(source: Source, position: int, _: str, size: int) -> Iterator[Part]:
     end = source.size if source.end is None else source.end
     with open(source.path, "rb", buffering=0) as raw:
-        at = _line_start(raw, position)
-        raw.seek(at)
-
-        def blocks() -> Iterator[bytes]:
-            here, last = at, b"\n"
-            while here < end:
-                block = raw.read(min(size, end - here))
-                if not block:
-                    return
-                here, last = here + len(block), block[-1:]
-                yield block
-            while last != b"\n" and (block := raw.read(BLOCK)):
-                cut = block.find(b"\n") + 1
-                last = b"\n" if cut else b""
-                yield block[:cut] if cut else block
-
-        for payload in _whole_lines(blocks(), size):
-            at += len(payload)
-            yield payload, at, at - source.start
+        at, wanted = _line_start(raw, position), size
+        while at < end:
+            # What follows the last line end is read again with the next chunk: cheaper than to put it in front of that.
+            block = os.pread(raw.fileno(), wanted, at)
+            last = at + len(block) >= end  # then the line in which the part ends is the last one
+            cut = (block.find(b"\n", max(end - 1 - at, 0)) if last else block.rfind(b"\n")) + 1
+            if not cut and len(block) == wanted:
+                if wanted > LONGEST_LINE:
+                    raise Damaged(TOO_LONG)
+                wanted *= 2
+                continue
+            if not block:
+                return
+            cut, wanted = cut or len(block), size
+            at += cut
+            yield block[:cut], at, at - source.start
 
 
 def _line_start(raw: Any, position: int) -> int:
@@ -245,7 +243,7 @@ def _whole_lines(blocks: Iterator[bytes], size: int) -> Iterator[bytes]:
                 yield b"".join(held)
                 held, bytes_held = [block[cut:]], len(block) - cut
             elif bytes_held > LONGEST_LINE:
-                raise Damaged(f"has a line of over {LONGEST_LINE >> 20} MiB; one JSON object a line is expected")
+                raise Damaged(TOO_LONG)
     except Damaged as damage:
         fault = damage
     rest = b"".join(held)

@@ -208,7 +208,13 @@ class _FastEncoder:
         self._bos = bos
 
     def encode_batch(self, texts: Sequence[str], eod: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=self._bos)
+        try:
+            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=self._bos)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UsageError(
+                f"TOKENIZER_MODEL={self.info.model}: it can't encode this text: {error}; save it with an unknown token "
+                "or byte fallback, or name another tokenizer"
+            ) from None
         return framed(*_joined([one.ids for one in encoded]), eod=eod)
 
 

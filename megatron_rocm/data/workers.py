@@ -6,9 +6,9 @@ import ctypes
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,7 +68,33 @@ def pool(workers: int, task: Task, choice: encode.Choice, encoder: Encoder) -> t
         return threads, lambda payload: threads.submit(work, payload, task, encoder)
     context = multiprocessing.get_context("spawn")
     processes = ProcessPoolExecutor(workers, context, _start_process, (task, choice, os.getpid()))
-    return processes, lambda payload: processes.submit(_work_in_process, payload)
+
+    def submit(payload: Any) -> Future[Result]:
+        with unheard_interrupts():
+            return processes.submit(_work_in_process, payload)
+
+    return processes, submit
+
+
+@contextmanager
+def unheard_interrupts() -> Iterator[None]:
+    """Processes started here never hear Ctrl-C: it is for the one that starts them, and they are told by it."""
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # while it starts, it would let interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with(parent: int) -> None:
+    """End this process when the process `parent`, which started it, ends, however that comes."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 _in_process: tuple[Task, Encoder]
@@ -76,12 +102,7 @@ _in_process: tuple[Task, Encoder]
 
 def _start_process(task: Task, choice: encode.Choice, parent: int) -> None:
     global _in_process
-    # Left alone, it would wait for work for ever.
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(parent)  # left alone, it would wait for work for ever
     encode.set_up_process()
     _in_process = task, encode.open_encoder(choice)
 

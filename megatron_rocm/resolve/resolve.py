@@ -151,6 +151,7 @@ def _config(draft: Draft, request: RunRequest, facts: DataFacts | None, now: dat
             "cache_path": cache,
             "tokenizer_model": facts.tokenizer_model if facts else None,
             "eod": facts.eod if facts else preset.eod,
+            "fingerprint": facts.fingerprint if facts else None,
         },
         "logging": {"wandb": draft["WANDB"]},
         "hardware": {

@@ -33,3 +33,13 @@ def test_code_in_a_checkpoint_is_refused_before_megatron_core_reads_it(
     with pytest.raises(UsageError, match="names posix.mkdir"):
         load.resume(tiny_run(), state)
     assert not read and not (tmp_path / "sprung").exists()
+
+
+def test_data_of_another_tokenizer_is_refused() -> None:
+    saved = tiny_run(fingerprint="a", tokenizer_model="first").model_dump(mode="json")
+    load.check(tiny_run(fingerprint="a", tokenizer_model="elsewhere"), saved, Path("there"))
+    load.check(tiny_run(), saved, Path("there"))  # mock data
+    with pytest.raises(UsageError, match=r"data of another tokenizer \(first\) than this run's \(second\)"):
+        load.check(tiny_run(fingerprint="b", tokenizer_model="second"), saved, Path("there"))
+    del saved["data"]["fingerprint"]  # of a version that did not note it
+    load.check(tiny_run(fingerprint="b"), saved, Path("there"))

@@ -232,3 +232,10 @@ def test_help(capsys):
     assert c4_command.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in c4_command.VARIABLES)
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.json.gz").mkdir()
+    with pytest.raises(UsageError, match=r"a\.json\.gz: can't be read \("):
+        c4.merge([tmp_path / "a.json.gz"], tmp_path / "out.json.gz")
+    assert not (tmp_path / "out.json.gz").exists()

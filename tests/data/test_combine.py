@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pair_files
 import pytest
 
@@ -104,6 +106,7 @@ FAULTS = {
     "no sidecar": (lambda p: os.remove(f"{p}.json"), "nothing beside it names its tokenizer"),
     "EOD": (lambda p: pair_files.describe(p, TOKENIZER, append_eod=False), "only one has an EOD after each document"),
     "sidecar of another": (lambda p: record(p, tokens=5), "speaks of 5 tokens"),
+    "packed": (lambda p: record(p, supervised={"seq_length": 8}), "is packed for fine-tuning, and its loss mask can't"),
     "checksum": (lambda p: record(p, checksum="sha256:0"), "has not the checksum that .*part_10.json names"),
 }
 
@@ -124,6 +127,8 @@ def test_what_is_there_is_kept(parts, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="part_2 is named twice"):
         concat([parts[0], parts[0]], str(out))
+    with pytest.raises(UsageError, match="part_2 is named twice"):
+        concat([parts[0], parts[1], os.path.relpath(parts[0])], str(out))
     with pytest.raises(UsageError, match="there is nothing to put together"):
         concat([], str(out))
     with pytest.raises(UsageError, match="^OUT=.*part_2: is one of the pairs that are read"):
@@ -172,6 +177,20 @@ def test_killed_and_started_again(parts, tmp_path):
     assert files(tmp_path) == ["in", "out.bin", "out.idx"]
 
 
+def test_a_file_that_gets_its_name_while_another_waits_for_it_is_kept(tmp_path, monkeypatch):
+    out, flock = tmp_path / "out", fcntl.flock
+
+    def late(file, how):
+        Path(file.name).write_bytes(b"whole")
+        os.rename(file.name, f"{out}.bin")
+        flock(file, how)
+
+    monkeypatch.setattr(pairs.fcntl, "flock", late)
+    with pytest.raises(UsageError, match=f"^OUT={out}: another process is writing there"):
+        pairs.PairWriter(str(out), np.dtype(np.uint16), "OUT")
+    assert Path(f"{out}.bin").read_bytes() == b"whole" and files(tmp_path) == ["out.bin"]
+
+
 FULL = """
     import resource, signal, sys
     from megatron_rocm.cli import main
@@ -218,6 +237,9 @@ def test_merge_refuses_what_is_not_whole(parts, tmp_path, capsys):
     assert "of 4 shards 1 are missing, the first is number 3" in capsys.readouterr().err
     for number, prefix in enumerate(parts[:2]):
         pair_files.describe(prefix, TOKENIZER, shard=[number, 2])
+    pair_files.describe(parts[2], TOKENIZER, shard="x")
+    assert merge(folder, tmp_path / "out") == 2
+    assert "part_10.json names the shard 'x'" in capsys.readouterr().err
     pair_files.describe(parts[2], TOKENIZER)
     assert merge(folder, tmp_path / "out") == 2
     assert "holds the 2 shards of a job and other pairs" in capsys.readouterr().err

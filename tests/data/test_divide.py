@@ -114,6 +114,15 @@ def test_bad_words(prefix, tmp_path, capsys, words, told):
     assert files(tmp_path) == ["data.bin", "data.idx"]
 
 
+def test_packed_sequences_are_not_divided(prefix, tmp_path, capsys):
+    pair_files.describe(prefix, {"type": "t", "model": "m", "vocab_size": 500, "eod": 1, "fingerprint": "f"})
+    sidecar = Path(f"{prefix}.json")
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "supervised": {"seq_length": 8}}))
+    assert split(prefix, "--shares", "1,1") == 2
+    assert f"PREFIX={prefix}: is packed for fine-tuning" in capsys.readouterr().err
+    assert files(tmp_path) == ["data.bin", "data.idx", "data.json"]
+
+
 def test_what_is_there_is_kept(prefix, tmp_path, capsys):
     (tmp_path / "data_valid.idx").touch()
     assert split(prefix, "--shares", "1,1") == 2

@@ -263,7 +263,7 @@ def test_a_damaged_file(job, tmp_path, capsys, ending, damage, why):
         assert kept >= 100
 
 
-def test_a_file_without_the_column_or_permission(job, tmp_path):
+def test_a_file_without_the_column(job, tmp_path):
     path = engine_jobs.write(tmp_path / "in.parquet")
     with pytest.raises(UsageError, match="in.parquet: has no column `body`; it has text, id"):
         preprocess(replace(job, inputs=[str(path)], key="body"))

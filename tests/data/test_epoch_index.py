@@ -1,6 +1,7 @@
 """Index files: made of what decides them, checked byte by byte when they are found, and whole or not there."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -148,8 +149,14 @@ epoch_index.ensure(epoch, epoch_index.Path(sys.argv[2]))
 def test_a_killed_run_leaves_no_file_under_the_final_name(prefix, tmp_path):
     run = subprocess.run([sys.executable, "-c", KILLED, prefix, str(tmp_path / "c")], timeout=60)
     epoch = epoch_of(prefix)
-    assert run.returncode == -9 and not (tmp_path / "c" / epoch.file_name).exists()
+    left = list((tmp_path / "c").iterdir())
+    assert run.returncode == -9 and [path.suffix for path in left] == [".partial"]
+    with open(left[0], "rb") as held:  # as of one that is still alive
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert ensure(epoch, tmp_path / "c") and left[0].exists()
+    (tmp_path / "c" / epoch.file_name).unlink()
     assert ensure(epoch, tmp_path / "c") and same(load(epoch, tmp_path / "c"), make(epoch))
+    assert [path.name for path in (tmp_path / "c").iterdir()] == [epoch.file_name]
 
 
 def test_splits_without_a_share_are_left_out(prefix):

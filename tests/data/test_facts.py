@@ -97,6 +97,14 @@ def test_sidecar_of_other_data(bpe, write_data, tmp_path):
         describe([(None, prefix)], HF, None)
 
 
+def test_packed_sequences_are_not_pretrained_on(bpe, write_data, tmp_path):
+    prefix = write_data(tmp_path / "a", [[5, 6]], tokenizer=bpe)
+    sidecar = json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "a.json").write_text(json.dumps({**sidecar, "supervised": {"seq_length": 8}}))
+    with pytest.raises(UsageError, match=f"^DATA_PATH={prefix}: is packed for fine-tuning"):
+        describe([(None, prefix)], HF, None)
+
+
 @pytest.mark.parametrize("tokenizer", [{"vocab_size": 320.5}, {"eod": "1"}, {"model": None}, {"fingerprint": []}])
 def test_a_sidecar_of_other_types_is_somebody_elses(bpe, write_data, tmp_path, tokenizer):
     prefix = write_data(tmp_path / "a", [[5]], tokenizer=bpe)

@@ -175,3 +175,13 @@ def test_an_exception_takes_the_partial_files_along(tmp_path):
 def test_somebody_elses_json_is_no_sidecar(tmp_path):
     (tmp_path / "data.json").write_text('{"text": "a document"}\n{"text": "another"}\n')
     assert read_sidecar(str(tmp_path / "data")) is None
+
+
+def test_a_sidecar_cut_short_is_no_missing_one(tmp_path):
+    with IndexedWriter(tmp_path / "data", 500) as writer:
+        writer.add(np.arange(5), np.array([5]))
+        writer.finalize({"format": 1, "tokenizer": {}, "source": {}})
+    file = tmp_path / "data.json"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UsageError, match=r"data.json is damaged .*copy it again"):
+        read_sidecar(str(tmp_path / "data"))

@@ -14,7 +14,7 @@ import pair_files
 import pytest
 
 from megatron_rocm.cli import main
-from megatron_rocm.data import pairs
+from megatron_rocm.data import pairs, progress
 from megatron_rocm.data.inspect_command import Lengths
 from megatron_rocm.data.tokenizer import load, train_bpe
 
@@ -164,9 +164,19 @@ def test_a_picture_that_can_not_be_written(prefix, tmp_path, capsys):
     assert status == 2 and f"--picture {tmp_path}/none/x.png: can't be written" in error
 
 
+def test_a_long_pass_says_how_far_it_is(prefix, capsys, monkeypatch):
+    monkeypatch.setattr(pairs, "BLOCK", 20)  # 160 of 2,016 bytes at once
+    assert "% of" not in inspect(capsys, prefix)[1].split("picture:")[1]
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    told = [line for line in inspect(capsys, prefix)[1].splitlines() if line.startswith(f"  {prefix}.bin: ")]
+    assert len(told) == 13 and " 7.9 % of 0 MB, " in told[0] and told[0].endswith(" left")
+    assert " 100.0 % of 0 MB, " in told[-1] and told[-1].endswith(", 0:00 left")
+
+
 def test_no_documents_at_all(tmp_path, capsys):
     status, told, _ = inspect(capsys, pair_files.write(tmp_path / "data", []))
     assert status == 0 and "documents  0\n" in told and "offsets    all 0 right" in told
+    assert "ids        none\n" in told
 
 
 def test_help_needs_no_library():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import engine_jobs
 import pytest
 
-from megatron_rocm.data import preprocess, shards, source
+from megatron_rocm.data import documents, preprocess, shards, source
 from megatron_rocm.data.indexed import open_index, read_sidecar
 from megatron_rocm.data.tokenizer import load
 from megatron_rocm.errors import UsageError
@@ -88,6 +90,18 @@ def test_one_output_for_each_file(call, tmp_path):
     engine_jobs.write(tmp_path / "parts" / "a.parquet", TEXTS[:50])
     with pytest.raises(UsageError, match="would both be written to"):
         call("--output-each", input=["parts"], prefix="out/")
+
+
+def test_one_output_for_each_file_passes_over_one_without_text(call, tmp_path, capsys):
+    for name in ("a", "c"):
+        engine_jobs.write(tmp_path / "many" / f"{name}.jsonl", TEXTS[:3])
+    (tmp_path / "many" / "b.jsonl").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"b\.jsonl: holds no text"):
+        call("--output-each", input=["many"])
+    call("--output-each", "--on-error=skip", input=["many"])
+    assert "b.jsonl: holds no text" in capsys.readouterr().out
+    made = sorted(path.name for path in (tmp_path / "out").glob("*.idx"))
+    assert made == ["data_a_text_document.idx", "data_c_text_document.idx"]
 
 
 def test_json_keys(call, tmp_path, bpe):
@@ -175,9 +189,65 @@ def test_partitions_run_side_by_side_and_leave_one_output(whole, tmp_path, bpe):
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
+def test_partitions_of_nothing_leave_nothing(tmp_path, bpe):
+    (tmp_path / "in.jsonl").write_bytes(b"")
+    command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", tmp_path / "in.jsonl"]
+    command += ["--output-prefix", tmp_path / "out" / "x", "--tokenizer-model", bpe.model]
+    done = subprocess.run([*command, "--workers=2", "--partitions=2"], capture_output=True, text=True)
+    assert done.returncode == 2 and "in.jsonl: holds no text. " in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("words", [["--workers=2", "--partitions=2"], ["--workers=6"]])
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_ended_from_outside_no_process_stays_and_none_shows_a_traceback(tmp_path, bpe, words, end):
+    (tmp_path / "in.jsonl").write_bytes(engine_jobs.lines(TEXTS) * 500)
+    command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", tmp_path / "in.jsonl"]
+    command += ["--output-prefix", tmp_path / "out" / "x", "--tokenizer-model", bpe.model, *words]
+    run = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    while run.poll() is None and not list(tmp_path.glob("out/*.bin.partial")):
+        time.sleep(0.01)
+    if end == signal.SIGINT:
+        os.killpg(run.pid, end)  # a terminal's Ctrl-C goes to all of them
+    else:
+        run.send_signal(end)
+    assert "Traceback" not in run.communicate()[1] and run.returncode == (130 if end == signal.SIGINT else -end)
+    until = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < until:
+            os.killpg(run.pid, 0)
+            time.sleep(0.05)
+    assert not list(tmp_path.glob("out/*.idx"))
+
+
 def test_flags_without_effect_say_so(call, whole, capsys):
     prefix = call("--log-interval", "100", "--keep-sequential-samples", "--use-gigatoken")
     assert capsys.readouterr().out.count("has no effect: ") == 3 and engine_jobs.pair(prefix) == whole
+
+
+def test_a_tokenizer_that_cannot_encode_the_text(call, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    (tmp_path / "words").mkdir()
+    Tokenizer(models.WordLevel({"</s>": 0, "word": 1}, unk_token="?")).save(str(tmp_path / "words" / "tokenizer.json"))
+    (tmp_path / "words" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    engine_jobs.write(tmp_path / "in.jsonl", TEXTS[:3])
+    with pytest.raises(UsageError, match=r"TOKENIZER_MODEL=.*words: it can't encode this text: .*unknown token"):
+        call("--tokenizer-model", str(tmp_path / "words"))
+    assert not list(tmp_path.glob("out/*.idx"))
+
+
+def test_a_line_is_judged_alike_whatever_its_neighbours_are():
+    deep = b'{"n": ' + b"[" * 1020 + b"]" * 1020 + b', "text": "a"}\n'  # deeper than the standard library reads
+    assert documents.texts(deep, "text") == (["a"], [])
+    found, faults = documents.texts(deep + b"?\n", "text")
+    assert found == ["a"] and [fault.line for fault in faults] == [1]
 
 
 def test_without_bos(call, bpe, tmp_path):
@@ -195,8 +265,9 @@ def test_without_bos(call, bpe, tmp_path):
         (["--shard=x"], "^--shard=x: must be I/N"),
         (["--workers=3", "--partitions=2"], "^--workers=3 --partitions=2: both must be above 0"),
         (["--workers=0"], "^--workers=0"),
+        (["--output-each", "--shard=0/2"], "^--output-each: files are parts already"),
         (["--on-error=ignore"], "invalid choice"),
-        (["--tokenizer-type=NullTokenizer"], "^TOKENIZER_TYPE=NullTokenizer is not supported"),
+        (["--tokenizer-type=NullTokenizer"], "^--tokenizer-type=NullTokenizer is not supported"),
         (["--input", "/no/such"], "^--input=/no/such: no such file or folder"),
         (["--input", "/no/such/*.gz"], "no file matches it"),
     ],

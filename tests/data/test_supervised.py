@@ -261,6 +261,7 @@ def test_nemos_own_packing_marks_the_token_before(call, tmp_path):
     ("row", "words"),
     [
         ({**GOVREPORT[0], "input_ids": [1, 2, 3, 4, 5, 6, 7, 320]}, "row 1 holds the id 320, .* another tokenizer"),
+        ({**GOVREPORT[0], "input_ids": [1, 2, 3, -4, 5, 6, 7, 8]}, "row 1 holds the id -4, "),
         ({**GOVREPORT[0], "input_ids": np.arange(9), "loss_mask": [1] * 9}, "row 1 has 9 tokens; give --seq-length=9"),
         ({"input_ids": [1]}, "row 1: it has no `loss_mask`"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_rocm.data.spm import as_tokenizer_json
 from megatron_rocm.data.tokenizer import TokenizerInfo, inspect, load, train_bpe
 from megatron_rocm.errors import UsageError
 
@@ -108,6 +109,29 @@ def test_sentencepiece_encodes_as_the_library(tmp_path):
     ids, lengths = load(info).encode_batch(["def a", "ü"])
     assert list(ids) == processor.encode("def a", add_bos=True) + processor.encode("ü", add_bos=True)
     assert len(lengths) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"model_type": "unigram"}, "is not of the type BPE"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes characters"),
+        ({"remove_extra_whitespaces": True}, "removes spaces"),
+        ({"treat_whitespace_as_suffix": True}, "puts spaces behind words"),
+        ({"user_defined_symbols": ["[X]"]}, "has pieces of the user's"),
+        ({"split_by_whitespace": False}, "has pieces across words"),
+    ],
+)
+def test_a_sentencepiece_model_that_a_tokenizer_json_cant_hold(tmp_path, options, why):
+    spm = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text(Path(__file__).read_text())
+    plain = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    spm.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), vocab_size=300, minloglevel=2,
+        **{**plain, **options},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=why):
+        as_tokenizer_json((tmp_path / "m.model").read_bytes())
 
 
 def odd_eos(folder):
