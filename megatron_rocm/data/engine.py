@@ -134,6 +134,8 @@ def preprocess(job: Job, sources: Sequence[Source] | None = None, chooser: encod
         run = _Run(job, mine, journal, known, facts, chooser or encode.Chooser(job.tokenizer, job.bos))
         try:
             return run.go()
+        except BrokenPipeError:
+            raise  # of what is printed: the command's own affair
         except OSError as error:
             raise UsageError(
                 f"{job.output_key}={job.prefix}: can't be written: {error.strerror or error}. Nothing has its final "
@@ -225,13 +227,19 @@ class _Run:
                 print(f"{self.job.prefix}: going on after {state.documents:,} documents of an earlier run", flush=True)
                 return state, digest
             print(f"{self.job.prefix}: what an earlier run left is damaged; starting anew", flush=True)
+        if state is None and self.journal.documents():
+            print(
+                f"{self.job.prefix}: an unfinished run of another text or other settings ({self.journal.documents():,} "
+                "documents) is replaced",
+                flush=True,
+            )
         self.journal.remove(output=True)
         return State(), hashlib.sha256()
 
     def go(self) -> Summary:
         try:
             self._encode_all()
-        except UsageError:
+        except (UsageError, KeyboardInterrupt):
             with suppress(OSError):
                 self._commit()
             raise
@@ -258,22 +266,24 @@ class _Run:
         last_commit = time.monotonic()
         task = Task(job.key, job.tokenizer.eod if job.append_eod else None, job.skip_empty, job.tokenizer.vocab_size)
         pool, submit = workers.pool(job.workers, task, choice, encoder)
-        running: deque[tuple[Chunk, Future[Result]]] = deque()
+        running: deque[tuple[Chunk, int, Future[Result]]] = deque()
+        in_flight = 0
         try:
-            for chunk in itertools.chain((first,), chunks):
-                running.append((chunk._replace(payload=b""), submit(chunk.payload)))
-                if len(running) <= job.workers + 1:
-                    continue
-                done, future = running.popleft()
-                if not self._take(done, future.result()):
-                    return
-                progress.show(done, self.state)
-                if time.monotonic() - last_commit >= job.commit:
-                    self._commit()
-                    last_commit = time.monotonic()
-            for done, future in running:
-                if not self._take(done, future.result()):
-                    return
+            for chunk in itertools.chain((first,), chunks, (None,)):
+                size = max(len(chunk.payload), job.chunk) if chunk else 0
+                # No more than two chunks wait; and a document as long as several chunks is encoded with few beside it.
+                while running and (chunk is None or in_flight + size > (job.workers + 2) * job.chunk):
+                    done, freed, future = running.popleft()
+                    in_flight -= freed
+                    if not self._take(done, future.result()):
+                        return
+                    progress.show(done, self.state)
+                    if time.monotonic() - last_commit >= job.commit:
+                        self._commit()
+                        last_commit = time.monotonic()
+                if chunk:
+                    running.append((chunk._replace(payload=b""), size, submit(chunk.payload)))
+                    in_flight += size
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -58,11 +58,20 @@ class Journal:
 
     def read(self) -> State | None:
         """The state to go on from; None where there is nothing, or nothing that belongs to this job."""
+        stamp, state = self._known()
+        return state if stamp == self._stamp else None
+
+    def documents(self) -> int:
+        """Of the unfinished run that stands here, whichever job's it is."""
+        state = self._known()[1]
+        return state.documents if state else 0
+
+    def _known(self) -> tuple[str, State | None]:
         try:
             known: dict[str, Any] = json.loads(self._path.read_bytes())
-            return State(**known) if known.pop("stamp") == self._stamp else None
+            return known.pop("stamp"), State(**known)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return None
+            return "", None
 
     def verify(self, state: State, itemsize: int) -> Any:
         """The hash of the committed ids, which are read again; None where they are not what was committed."""

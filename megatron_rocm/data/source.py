@@ -12,7 +12,6 @@ import glob
 import hashlib
 import json
 import os
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -112,10 +111,17 @@ def file(path: str, kind: str | None = None, name: str | None = None, optional: 
 
 
 def _walk(folder: str) -> list[str]:
-    found = []
+    """The files below a folder, but for hidden ones and the sidecars of .bin/.idx pairs. A link into a loop ends it."""
+    found, seen = [], set()
     for at, folders, files in os.walk(folder, followlinks=True):
+        facts = os.stat(at)
+        if (facts.st_dev, facts.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(at, name) for name in files if not name.startswith(".")]
+        made = {f"{os.path.splitext(name)[0]}.json" for name in files if name.endswith((".bin", ".idx"))}
+        found += [os.path.join(at, name) for name in files if not name.startswith(".") and name not in made]
     return sorted(found)
 
 
@@ -224,7 +230,10 @@ def _stream(source: Source, position: int, _: str, size: int) -> Iterator[Part]:
 
 def _raw(source: Source) -> Any:
     if source.path == STDIN:
-        return os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0)
+        try:
+            return os.fdopen(os.dup(0), "rb", buffering=0)
+        except OSError:
+            raise UsageError("--input=-: there is no standard input; give files") from None
     return open(source.path, "rb", buffering=0)
 
 
@@ -263,7 +272,9 @@ def _blocks(raw: Any) -> Iterator[bytes]:
 def _inflate(raw: Any, decoder: Callable[[], Any], faults: tuple[Any, ...], what: str) -> Iterator[bytes]:
     """All members of a compressed file. Raises Damaged where it is cut off or broken."""
     current, open_member = decoder(), False
+    empty = True
     while block := raw.read(BLOCK):
+        empty = False
         while block:
             try:
                 text = current.decompress(block)
@@ -276,7 +287,7 @@ def _inflate(raw: Any, decoder: Callable[[], Any], faults: tuple[Any, ...], what
                 current, open_member = decoder(), False
             if text:
                 yield text
-    if open_member:
+    if open_member or empty:
         raise Damaged(f"is truncated: its {what} data ends before its end mark")
 
 

@@ -48,8 +48,8 @@ def work(payload: bytes | list[Any], task: Task, encoder: Encoder) -> Result:
     texts, faults = documents.texts(payload, task.key)
     if task.skip_empty:
         texts = [text for text in texts if text]
-    ids, lengths = encoder.encode_batch(texts, task.eod)
     sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+    ids, lengths = encoder.encode_batch(texts, task.eod)
     return Result(
         ids.astype(token_dtype(task.vocab_size), copy=False),
         lengths.astype(np.int32),

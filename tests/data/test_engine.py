@@ -211,6 +211,15 @@ def test_a_line_without_a_document(job, tmp_path, capsys, line, why):
     assert [fault.split(": ")[1].split()[1] for fault in read_sidecar(job.prefix)["faults"]] == ["302", "304"]
 
 
+def test_an_unfinished_run_of_another_job_is_not_replaced_in_silence(job, tmp_path, capsys):
+    with open(tmp_path / "in.jsonl", "ab") as file:
+        file.write(b"no document\n")
+    with pytest.raises(UsageError, match="line 301 is not"):
+        preprocess(job)
+    preprocess(replace(job, append_eod=False, on_error="skip"))
+    assert "an unfinished run of another text or other settings (" in capsys.readouterr().out
+
+
 def test_what_the_standard_library_reads_is_no_fault(job, tmp_path):
     """orjson is stricter: neither NaN nor a byte order mark; and Windows ends lines with two characters."""
     path = tmp_path / "odd.jsonl"
