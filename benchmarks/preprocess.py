@@ -52,6 +52,7 @@ PACKAGES = (
     "rust-doc",
 )  # fmt: skip
 TEXT_BYTES = 300_000_000
+LONGEST = 2_000_000  # an index of 20 MB is no page, and would be all that the figures of memory tell of
 PAGE = (".html", ".xhtml", ".txt", ".rst", ".gz")
 WORKERS = 2
 
@@ -96,7 +97,7 @@ def _pages(folder: Path) -> Iterator[str]:
                 text = re.sub(r"(?s)<(script|style|head|nav)\b.*?</\1>", "", text)
                 text = html.unescape(re.sub(r"(?s)<[^>]*>", "", text))
                 text = re.sub(r"\n\s*\n+", "\n\n", text).strip()
-            if len(text) > 200:
+            if 200 < len(text) < LONGEST:
                 yield text
 
 
