@@ -16,7 +16,7 @@ torch has allocated.
                           norms, gradients set to None; FP32 weights, in BF16 under torch.autocast, which makes them
                           FP32 master weights, as ours
     …, with our malloc    the same in the environment that our launcher gives processes on a CPU, where large blocks of
-                          memory are not handed back to the kernel and taken anew in each step: what is left then is
+                          memory are kept from step to step and come in huge pages: what is left then is
                           the work itself
     transformers, pure    weights, gradients and AdamW's moments all in BF16: less work and memory, at a loss of
                           precision; for information
@@ -282,7 +282,8 @@ class Process:
         self.title = contender.title
         settings = resolved(SHAPES[device], contender.precision).environment if contender.settings else {}
         environment = {
-            **os.environ, **{name: value for name, (value, _) in settings.items() if value},
+            **{name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))},
+            **{name: value for name, (value, _) in settings.items() if value},
             "OMP_NUM_THREADS": str(threads), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
         }  # fmt: skip

@@ -12,6 +12,7 @@ An order is a line of JSON on stdin, answered on stdout by the exit status of th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rocm.platform import cpu
+from megatron_rocm.platform.process import die_with_parent
 
 POLL, GRACE = 0.01, 10.0  # seconds
 
@@ -43,6 +45,8 @@ def serve() -> tuple[dict[str, Any], int]:
         for rank in range(order["ranks"]):
             child = os.fork()
             if not child:
+                os.setsid()
+                die_with_parent()
                 return order, rank
             children.add(child)
         print(status(children, order["timeout"]), flush=True)
@@ -63,14 +67,15 @@ def status(children: set[int], timeout: float) -> int:
         else:
             failed = failed or -signal.SIGKILL
             for late in children:
-                os.kill(late, signal.SIGKILL)
+                for kill in (os.killpg, os.kill):  # before its setsid it has no group
+                    with contextlib.suppress(ProcessLookupError):
+                        kill(late, signal.SIGKILL)
             end += GRACE
     return failed
 
 
 def become(order: dict[str, Any], rank: int) -> None:
     """This child runs the program as that rank."""
-    os.setsid()
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"], RANK=str(rank), LOCAL_RANK=str(rank))

@@ -1,6 +1,6 @@
 """Train several runs of one world size in the same processes, each with a fault planted in it.
 
-The arguments, after torchrun's, are the runs' files. Beside each may lie a plan.json, with any of
+The arguments are the runs' files. Beside each may lie a plan.json, with any of
 
     kind      output (of a module), gradient (of its output), weight (a module's) or loss, on `rank` alone
     layer     counted from 1, and `module` within it; not for loss

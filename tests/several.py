@@ -1,6 +1,6 @@
-"""Train several runs of one world size, one after the other in the same processes: starting processes costs 13 s.
+"""Train several runs of one world size, one after the other in the same processes.
 
-The arguments, after torchrun's, are the runs' files.
+The arguments are the runs' files.
 """
 
 from __future__ import annotations

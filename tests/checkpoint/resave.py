@@ -1,7 +1,7 @@
 """Go through several runs of one world size in the same processes: a run with LOAD_CKPT_PATH saves what it has loaded,
 without a step between; any other trains. One whose folder begins with `core` saves as megatron-core itself does.
 
-The arguments, after torchrun's, are the runs' files.
+The arguments are the runs' files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Under torchrun: Megatron-FSDP's whole gradients beside those of plain data parallel training, as one line of JSON.
+"""Megatron-FSDP's whole gradients beside those of plain data parallel training, as one line of JSON.
 
 The arguments are the runs' files, plain ones; each is built both ways. For each: the largest relative difference of a
 parameter's gradient, and what a process holds of the model before the first step.

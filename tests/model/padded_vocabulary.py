@@ -1,7 +1,7 @@
 """Compare losses and gradients with large values in the rows that pad the vocabulary, and TP=1 with TP=2.
 
 Rank 0 prints JSON.
-The arguments, after torchrun's, are files of runs: pairs of one in one process (two do the same) and one over two.
+The arguments are files of runs: pairs of one in one process (two do the same) and one over two.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Print, for each run, how often its layers' parts are called in forward and backward of one micro batch, as JSON.
 
-The arguments, after torchrun's, are the runs' files.
+The arguments are the runs' files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compare one micro batch of a run, by attention within documents, with its documents one by one; prints JSON.
 
-The argument, after torchrun's, is the run's file.
+The argument is the run's file.
 """
 
 from __future__ import annotations
