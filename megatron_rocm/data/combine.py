@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from megatron_rocm.errors import UsageError
 
 # What must be the same in all parts, of a sidecar's `source`.
 FRAMES = {"append_eod": "an EOD after each document", "bos": "a BOS before each document"}
-SUMMED = ("bytes", "skipped")  # what a sidecar may count besides documents and tokens
+SUMMED = ("bytes", "skipped", "seconds")  # what a sidecar may count besides documents and tokens
+SHOWN = 20  # of the parts' faults, and of what they say of their encoders
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,20 @@ class Combined:
     checksum: str
 
 
-def concat(prefixes: Sequence[str], out: str, *, key: str = "PREFIX", overwrite: bool = False) -> Combined:
+def concat(
+    prefixes: Sequence[str],
+    out: str,
+    *,
+    key: str = "PREFIX",
+    overwrite: bool = False,
+    source: Mapping[str, Any] | None = None,
+) -> Combined:
     """Write OUT.bin, OUT.idx and, where the parts have one, OUT.json: all documents of the parts, in their order.
 
-    Parts without documents are let pass. Nothing has its final name until all of it is on disk and checked.
-    Raises UsageError, naming `key`, for parts that are damaged, named twice, packed for fine-tuning, of different data
-    types or tokenizers, or without the checksum their sidecar names; and for an OUT that exists (unless `overwrite`) or
-    can't be written.
+    Parts without documents are let pass. `source`: what OUT.json is to say of where the text comes from. Nothing has
+    its final name until all of it is on disk and checked. Raises UsageError, naming `key`, for parts that are damaged,
+    named twice, packed for fine-tuning, of different data types or tokenizers, or without the checksum their sidecar
+    names; and for an OUT that exists (unless `overwrite`) or can't be written.
     """
     files = [os.path.realpath(f"{prefix}.bin") for prefix in prefixes]  # `a`, `./a` and a link to it are one
     twice = sorted({prefix for prefix, file in zip(prefixes, files, strict=True) if files.count(file) > 1})
@@ -73,7 +81,7 @@ def concat(prefixes: Sequence[str], out: str, *, key: str = "PREFIX", overwrite:
         writer.index(sequences, documents, (block for pair in pairs for block in pair.lengths()), _ends(pairs))
         tokens = sum(pair.tokens for pair in pairs)
         result = Combined(out, len(pairs), documents, tokens, writer.checksum)
-        writer.finish(_sidecar(result, pairs, sidecars, parts))
+        writer.finish(_sidecar(result, pairs, sidecars, {**(source or {}), "parts": parts}))
     return result
 
 
@@ -164,7 +172,7 @@ def _agreeing_sidecars(pairs: Sequence[Pair], key: str) -> list[dict[str, Any] |
 
 
 def _sidecar(
-    result: Combined, pairs: Sequence[Pair], sidecars: Sequence[dict[str, Any] | None], parts: list[dict[str, Any]]
+    result: Combined, pairs: Sequence[Pair], sidecars: Sequence[dict[str, Any] | None], source: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     known = [sidecar for sidecar in sidecars if sidecar]
     if not known:
@@ -177,5 +185,7 @@ def _sidecar(
         "tokens": result.tokens,
         **{name: sum(one[name] for one in known) for name in SUMMED if all(name in one for one in known)},
         "checksum": result.checksum,
-        "source": {"input": f"{len(pairs)} pairs", **frames, "parts": parts},
+        "faults": [fault for one in known for fault in one.get("faults") or ()][:SHOWN],
+        "encoder": "; ".join([*dict.fromkeys(one["encoder"] for one in known if one.get("encoder"))][:SHOWN]),
+        "source": {"input": f"{len(pairs)} pairs", **frames, **source},
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -22,14 +24,43 @@ def texts(payload: bytes | list[Any], key: str) -> tuple[list[str], list[Fault]]
             return payload, []
         faults = [Fault(at, f"`{key}` is a {_kind(one)}") for at, one in enumerate(payload) if type(one) is not str]
         return [one for one in payload if type(one) is str], faults
-    load = orjson.loads
     try:
-        found = [load(line)[key] for line in payload.split(b"\n") if line]
+        found = _of_whole_lines(payload, key)
         if {*map(type, found)} <= {str}:
             return found, []
     except (ValueError, TypeError, KeyError):
         pass
     return _one_by_one(payload, key)
+
+
+def utf8_sizes(texts: Sequence[str]) -> list[int]:
+    """Bytes of each text. Python keeps the UTF-8 form that this makes, and an encoder finds it there."""
+    size = ctypes.c_ssize_t()
+    into = ctypes.byref(size)
+    sizes = []
+    for text in texts:
+        if text.isascii():
+            sizes.append(len(text))
+        else:
+            _as_utf8(text, into)
+            sizes.append(size.value)
+    return sizes
+
+
+_as_utf8 = ctypes.pythonapi.PyUnicode_AsUTF8AndSize
+_as_utf8.argtypes, _as_utf8.restype = [ctypes.py_object, ctypes.POINTER(ctypes.c_ssize_t)], ctypes.c_void_p
+
+
+def _of_whole_lines(payload: bytes, key: str) -> list[Any]:
+    load, view, found, at = orjson.loads, memoryview(payload), [], 0
+    while at < len(payload):
+        end = payload.find(b"\n", at)
+        if end < 0:
+            end = len(payload)
+        if end > at:
+            found.append(load(view[at:end])[key])
+        at = end + 1
+    return found
 
 
 def _one_by_one(payload: bytes, key: str) -> tuple[list[str], list[Fault]]:

@@ -21,7 +21,7 @@ from megatron_rocm.data.spm import as_tokenizer_json
 from megatron_rocm.data.tokenizer import Encoder, TokenizerInfo, framed, load
 
 SAMPLE_BYTES, LONGEST_SAMPLE = 256 << 10, 32 << 10
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 # Where libraries differ: spaces, line ends, digits, apostrophes, scripts, joiners, rare and private characters.
 HARD = (
     "",
@@ -44,13 +44,20 @@ class Choice:
     why: str
 
 
-def choose(info: TokenizerInfo, documents: Sequence[str], bos: bool = True) -> tuple[Choice, Encoder]:
-    """The fast encoder where it is proven on `documents` (the first SAMPLE_BYTES count), else the ordinary one."""
-    sample = [*HARD, *_special(info), *_first(documents)]
+def choose(
+    info: TokenizerInfo, documents: Sequence[str], bos: bool = True, fast: Encoder | None = None
+) -> tuple[Choice, Encoder]:
+    """The fast encoder where it is proven on `documents` (the first SAMPLE_BYTES count), else the ordinary one.
+
+    `fast`: the fast encoder, where it is open already.
+    """
+    files = find_files(info.model, info.type)
+    definition = {} if files.sentencepiece else orjson.loads(files.main.read_bytes())
+    sample = [*HARD, *_special(definition), *_first(documents)]
     ids, lengths = load(info, bos=bos).encode_batch(sample)
     _give_back_memory()
     try:
-        fast = _FastEncoder(info, bos)
+        fast = fast or _FastEncoder(info, bos, definition)
         try:
             other, other_lengths = fast.encode_batch(sample)
         except Exception as error:  # a Rust library: every refusal is a bare exception
@@ -63,16 +70,17 @@ def choose(info: TokenizerInfo, documents: Sequence[str], bos: bool = True) -> t
 
 
 class Chooser:
-    """`choose` once for several outputs of one call."""
+    """`choose` for several outputs of one call, each on its own documents; the fast encoder is opened once."""
 
     def __init__(self, info: TokenizerInfo, bos: bool) -> None:
         self._info, self._bos = info, bos
-        self._chosen: tuple[Choice, Encoder] | None = None
+        self._fast: Encoder | None = None
 
     def choose(self, documents: Sequence[str]) -> tuple[Choice, Encoder]:
-        if self._chosen is None:
-            self._chosen = choose(self._info, documents, self._bos)
-        return self._chosen
+        choice, encoder = choose(self._info, documents, self._bos, self._fast)
+        if choice.fast:
+            self._fast = encoder
+        return choice, encoder
 
 
 def open_encoder(choice: Choice) -> Encoder:
@@ -85,14 +93,16 @@ class _Unfit(Exception):
 
 
 class _FastEncoder:
-    def __init__(self, info: TokenizerInfo, bos: bool) -> None:
+    """`parsed`: the tokenizer.json, where it has been read; it is used up."""
+
+    def __init__(self, info: TokenizerInfo, bos: bool, parsed: dict[str, Any] | None = None) -> None:
         self.info = info
         files = find_files(info.model, info.type)
         try:
             import fastokens
         except ImportError:
             raise _Unfit("fastokens is not installed: pip install fastokens") from None
-        definition = _definition(files)
+        definition = _definition(files, parsed)
         try:
             self._tokenizer = fastokens.Tokenizer.from_json_str(definition)
             self._tokenizer.no_truncation()
@@ -115,7 +125,7 @@ class _FastEncoder:
         )
 
 
-def _definition(files: TokenizerFiles) -> str:
+def _definition(files: TokenizerFiles, parsed: dict[str, Any] | None) -> str:
     """A tokenizer.json in the form that is loaded fastest: half of the time that a small input takes goes there."""
     if files.sentencepiece:
         try:
@@ -123,7 +133,7 @@ def _definition(files: TokenizerFiles) -> str:
         except ValueError as error:
             raise _Unfit(f"its SentencePiece model {error}") from None
     else:
-        definition = orjson.loads(files.main.read_bytes())
+        definition = parsed or orjson.loads(files.main.read_bytes())
         # A literal special token is text, as in data/tokenizer.py, so none needs to be found.
         definition["added_tokens"] = [one for one in definition.get("added_tokens") or () if not one.get("special")]
     model = definition["model"]
@@ -143,13 +153,10 @@ def _first(documents: Sequence[str]) -> list[str]:
     return sample
 
 
-def _special(info: TokenizerInfo) -> list[str]:
-    """Texts in which the tokenizer's special tokens stand, alone and among words."""
-    files = find_files(info.model, info.type)
-    names = ["<s>", "</s>", "<unk>", "<pad>"]
-    if not files.sentencepiece:
-        added: list[dict[str, Any]] = orjson.loads(files.main.read_bytes()).get("added_tokens") or []
-        names += [token["content"] for token in added[:50]] + [token["content"] for token in added[-50:]]
+def _special(definition: dict[str, Any]) -> list[str]:
+    """Texts in which the special tokens of a tokenizer.json stand, alone and among words."""
+    added = definition.get("added_tokens") or []
+    names = ["<s>", "</s>", "<unk>", "<pad>", *(token["content"] for token in [*added[:50], *added[-50:]])]
     return [text for name in dict.fromkeys(names) for text in (name, f"a {name} b{name}c\n{name}")]
 
 
@@ -166,12 +173,14 @@ def _give_back_memory() -> None:
 
 
 def set_up_process() -> None:
-    """Before the libraries are loaded: no thread pools of their own, and memory that goes back to the kernel.
+    """Before the libraries are loaded: no thread pools of their own, which spin, and little memory in glibc's heaps.
 
-    glibc's heaps, eight a CPU and with blocks of up to 32 MiB in them, would keep what their largest chunk needed.
+    There would be eight heaps a CPU. The blocks of a chunk stay in them, as new memory costs a tenth of the time; those
+    of a document that is as long as several chunks go back to the kernel.
     """
-    os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(RAYON_NUM_THREADS="1", FASTOKENS_BPE_THREADS="1", TOKENIZERS_PARALLELISM="false")
     with contextlib.suppress(OSError, AttributeError):
         set_option = ctypes.CDLL(None).mallopt
         set_option(M_ARENA_MAX, 2)
-        set_option(M_MMAP_THRESHOLD, 1 << 20)
+        set_option(M_MMAP_THRESHOLD, 16 << 20)
+        set_option(M_TRIM_THRESHOLD, 64 << 20)

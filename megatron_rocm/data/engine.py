@@ -31,6 +31,7 @@ from megatron_rocm.data.workers import Result, Task
 from megatron_rocm.errors import UsageError
 
 SHOWN_FAULTS = 20
+MOST_PEEKED = 16  # chunks that are looked at for the first document
 
 
 def cores() -> int:
@@ -130,7 +131,7 @@ def preprocess(job: Job, sources: Sequence[Source] | None = None, chooser: encod
         done = _done(job, stamp) if seekable else _done(job, None)
         if done:
             return done
-        facts = _facts(job, stamp, source.stamp(everything, times=False))
+        facts = _facts(job, stamp, everything)
         run = _Run(job, mine, journal, known, facts, chooser or encode.Chooser(job.tokenizer, job.bos))
         try:
             return run.go()
@@ -157,17 +158,30 @@ def _stamp(job: Job, files: str) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _facts(job: Job, stamp: str, corpus: str) -> dict[str, Any]:
-    """The sidecar's `source`. `corpus` is the same for all shards, wherever they were made."""
+def _facts(job: Job, stamp: str, everything: Sequence[Source]) -> dict[str, Any]:
+    """The sidecar's `source`. `corpus` is the same for all shards, wherever they were made.
+
+    A shard has the stamp of the undivided job as `whole`: its merged output is that job's.
+    """
+    whole = {"whole": _stamp(replace(job, shard=None), source.stamp(everything))} if job.shard else {}
     return {
         "input": " ".join(job.inputs),
         "stamp": stamp,
-        "corpus": corpus,
+        **whole,
+        "corpus": source.stamp(everything, times=False),
         "key": job.key,
         "append_eod": job.append_eod,
         "bos": job.bos,
         **({"shard": list(job.shard)} if job.shard else {}),
     }
+
+
+def made_before(job: Job) -> Summary | None:
+    """The summary of what this very job made earlier; None where it is yet to be made.
+
+    Raises UsageError where other output is there and may not be replaced.
+    """
+    return _done(job, _stamp(job, source.stamp(source.find(job.inputs, job.input_key))))
 
 
 def _done(job: Job, stamp: str | None) -> Summary | None:
@@ -255,10 +269,14 @@ class _Run:
     def _encode_all(self) -> None:
         job = self.job
         chunks = self._chunks()
-        first = next(chunks, None)
-        if first is None or job.limit == 0:
+        peeked: list[Chunk] = []
+        texts: list[str] = []
+        while not texts and len(peeked) < MOST_PEEKED and (first := next(chunks, None)):
+            peeked.append(first)
+            texts, _ = documents.texts(first.payload, job.key)
+        if not peeked or job.limit == 0:
             return
-        choice, encoder = self.chooser.choose(documents.texts(first.payload, job.key)[0])
+        choice, encoder = self.chooser.choose(texts)
         self.encoder = choice.why
         if not choice.fast:
             print(f"{job.prefix}: the ordinary tokenizer is used: {choice.why}", flush=True)
@@ -269,7 +287,7 @@ class _Run:
         running: deque[tuple[Chunk, int, Future[Result]]] = deque()
         in_flight = 0
         try:
-            for chunk in itertools.chain((first,), chunks, (None,)):
+            for chunk in itertools.chain(peeked, chunks, (None,)):
                 size = max(len(chunk.payload), job.chunk) if chunk else 0
                 # No more than two chunks wait; and a document as long as several chunks is encoded with few beside it.
                 while running and (chunk is None or in_flight + size > (job.workers + 2) * job.chunk):

@@ -150,6 +150,8 @@ def main(arguments: Sequence[str]) -> int:
             if not (said.output_each and said.on_error == "skip"):
                 raise
             print(f"skipped: {fault}", flush=True)
+        except UsageError as error:
+            raise UsageError(_as_flags(str(error))) from None
     return 0
 
 
@@ -238,13 +240,16 @@ def _run(job: Job, partitions: int, chooser: encode.Chooser) -> None:
         return
     if job.shard:
         raise UsageError("--partitions: a shard is one part already; give it --workers alone")
-    if Path(f"{job.prefix}.idx").exists() and not job.overwrite:
-        raise UsageError(f"--output-prefix: {job.prefix}.idx is there already; give another, or --overwrite")
+    made = engine.made_before(job)
     parts = [
         replace(job, shard=(at, partitions), prefix=shards.prefix(job.prefix, (at, partitions)), overwrite=True,
                 workers=job.workers // partitions)
         for at in range(partitions)
     ]  # fmt: skip
+    if made:
+        _remove(parts)
+        print(f"{job.prefix}: already made from this text with this tokenizer")
+        return
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_partition, args=(part, os.getpid())) for part in parts]
     with workers.unheard_interrupts():
@@ -263,13 +268,17 @@ def _run(job: Job, partitions: int, chooser: encode.Chooser) -> None:
     documents = sum((read_sidecar(part.prefix) or {})["documents"] for part in parts)
     if documents:
         _merge(job.prefix, partitions, job.overwrite)
-    for part in parts:
-        for kind in ("idx", "json", "bin"):
-            Path(f"{part.prefix}.{kind}").unlink(missing_ok=True)
+    _remove(parts)
     if not documents:
         raise engine.TextFault(
             f"--input={' '.join(job.inputs)}: holds no text. Give JSON Lines with the key `{job.key}`"
         )
+
+
+def _remove(parts: Sequence[Job]) -> None:
+    for part in parts:
+        for kind in ("idx", "json", "bin"):
+            Path(f"{part.prefix}.{kind}").unlink(missing_ok=True)
 
 
 def _partition(job: Job, parent: int) -> None:
@@ -277,7 +286,7 @@ def _partition(job: Job, parent: int) -> None:
     try:
         print(engine.preprocess(job))
     except UsageError as error:
-        sys.exit(str(error))
+        sys.exit(_as_flags(str(error)))
 
 
 def _merge(prefix: str, count: int, overwrite: bool) -> None:

@@ -36,7 +36,13 @@ def merge(whole: str, count: int, overwrite: bool = False) -> Combined | None:
     with to_ourselves(whole, "--output-prefix"):
         if _merged(whole, parts):
             return None
-        return concat(parts, whole, key="--merge-shards", overwrite=overwrite)
+        if not any((read_sidecar(part) or {}).get("documents") for part in parts):
+            raise UsageError(f"--merge-shards={count}: no shard of {whole} has a document. Give text, see --input")
+        stamps = {source.get("whole") for source in sources}
+        facts = {name: sources[0][name] for name in ("input", *SAME) if name in sources[0]}
+        if len(stamps) == 1:
+            facts["stamp"] = stamps.pop()
+        return concat(parts, whole, key="--merge-shards", overwrite=overwrite, source=facts)
 
 
 def _finished(part: str, shard: tuple[int, int]) -> dict[str, Any]:

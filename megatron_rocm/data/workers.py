@@ -48,7 +48,7 @@ def work(payload: bytes | list[Any], task: Task, encoder: Encoder) -> Result:
     texts, faults = documents.texts(payload, task.key)
     if task.skip_empty:
         texts = [text for text in texts if text]
-    sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+    sizes = documents.utf8_sizes(texts)
     ids, lengths = encoder.encode_batch(texts, task.eod)
     return Result(
         ids.astype(token_dtype(task.vocab_size), copy=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import engine_jobs
 import pytest
 
-from megatron_rocm.data import documents, preprocess, shards, source
+from megatron_rocm.data import documents, encode, preprocess, shards, source
 from megatron_rocm.data.indexed import open_index, read_sidecar
 from megatron_rocm.data.tokenizer import load
 from megatron_rocm.errors import UsageError
@@ -187,6 +188,48 @@ def test_partitions_run_side_by_side_and_leave_one_output(whole, tmp_path, bpe):
     assert done.returncode == 0, done.stderr
     assert engine_jobs.pair(tmp_path / "out" / "x_text_document") == whole
     assert len(list((tmp_path / "out").iterdir())) == 3
+    # A run that was killed between the merge and the end of its parts.
+    prefix = tmp_path / "out" / "x_text_document"
+    shutil.copy(f"{prefix}.bin", shards.prefix(str(prefix), (0, 2)) + ".bin")
+    before = os.stat(f"{prefix}.bin").st_mtime_ns
+    for more in (["--partitions=2"], []):
+        done = subprocess.run([*command, "--workers=2", *more], capture_output=True, text=True)
+        assert done.returncode == 0 and "already made" in done.stdout, done.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 3 and os.stat(f"{prefix}.bin").st_mtime_ns == before
+
+
+def test_shards_without_a_document_are_not_merged(call, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"\n")
+    for index in range(2):
+        call(f"--shard={index}/2")
+    with pytest.raises(UsageError, match="no shard of .* has a document"):
+        call("--merge-shards=2", input=())
+    assert not os.path.exists(tmp_path / "out" / "data_text_document.idx")
+
+
+def test_merged_shards_are_the_output_of_the_undivided_job(call, whole, tmp_path, capsys):
+    for index in range(2):
+        call(f"--shard={index}/2")
+    merged, undivided = (
+        read_sidecar(call("--merge-shards=2", input=())),
+        read_sidecar(f"{tmp_path}/whole_text_document"),
+    )
+    own = {"source": 0, "seconds": 0, "encoder": 0}
+    assert {**merged, **own} == {**undivided, **own} and merged["seconds"] > 0 and "fastokens" in merged["encoder"]
+    assert merged["source"] == {**undivided["source"], "parts": merged["source"]["parts"]}
+    capsys.readouterr()
+    call()
+    assert "already made from this text" in capsys.readouterr().out
+
+
+def test_each_output_proves_the_tokenizer_on_its_own_documents(call, tmp_path, monkeypatch):
+    seen = []
+    real = encode.choose
+    monkeypatch.setattr(encode, "choose", lambda *said: (seen.append(said[1]), real(*said))[1])
+    (tmp_path / "a.jsonl").write_bytes(b"oops\n" * 3 + b" \n" * (source.CHUNK // 2) + engine_jobs.lines(["one"]))
+    (tmp_path / "b.jsonl").write_bytes(engine_jobs.lines(["two"]))
+    call("--output-each", "--on-error=skip", input=("a.jsonl", "b.jsonl"))
+    assert seen == [["one"], ["two"]]
 
 
 def test_partitions_of_nothing_leave_nothing(tmp_path, bpe):

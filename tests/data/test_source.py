@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
@@ -39,3 +40,11 @@ def test_a_closed_standard_input_is_said_so() -> None:
     code = "from megatron_rocm.data import source; list(source.read(0, source.find(['-'], '--input')[0], 0, 'text', 9))"
     done = subprocess.run([sys.executable, "-c", f"import os; os.close(0); {code}"], capture_output=True, text=True)
     assert "UsageError: --input=-: there is no standard input" in done.stderr
+
+
+def test_zeros_may_follow_a_member_wherever_blocks_end(tmp_path):
+    path = tmp_path / "in.jsonl.gz"
+    one = gzip.compress(b'{"text": "a"}\n')
+    path.write_bytes(one + b"\0" * (2 * source.BLOCK + 7) + one + b"\0" * source.BLOCK)
+    chunks = list(source.read(0, source.file(str(path)), 0, "text"))
+    assert [chunk.fault for chunk in chunks] == [None] and chunks[0].payload == b'{"text": "a"}\n' * 2
