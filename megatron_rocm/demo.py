@@ -83,9 +83,9 @@ def main(arguments: Sequence[str]) -> int:
         print("\nstopped; the demo goes on from here when it is started again")
         return 0
     _stage(3, "export to Hugging Face, and the same tokens through both models", "megatron-rocm convert")
-    from megatron_rocm.checkpoint import convert
+    from megatron_rocm.checkpoint.convert import command
 
-    if status := convert.main(["megatron-to-hf", str(CHECKPOINTS), str(EXPORT), "--overwrite", "--check"]):
+    if status := command.main(["megatron-to-hf", str(CHECKPOINTS), str(EXPORT), "--overwrite", "--verify"]):
         return status
     _stage(4, "writing", "transformers")
     from megatron_rocm.checkpoint.convert.generate import generate

@@ -92,7 +92,7 @@ def gradients(run: RunConfig, model: Any) -> Iterator[tuple[str, list[Tensor]]]:
     theirs = {name: parameter.grad for name, parameter in model.named_parameters()}
     padded = run.model.model_copy(update={"padded_vocab_size": run.model.vocab_size})  # without rows of padding
     for weight in weights(run.model):
-        yield weight.local, [weight.to_megatron(theirs, padded)]
+        yield weight.local, [torch.cat(tuple(weight.to_megatron(theirs, padded)))]
 
 
 def optimizer(run: RunConfig, model: Any) -> torch.optim.Optimizer:

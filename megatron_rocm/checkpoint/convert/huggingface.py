@@ -1,4 +1,4 @@
-"""The files of a Hugging Face model folder beside its weights: configuration and tokenizer."""
+"""The files of a Hugging Face model folder beside its weights: configuration and tokenizer, read and written."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_rocm.config.presets import PRESETS
 from megatron_rocm.config.schema import Model, RunConfig
 from megatron_rocm.data.hub import find_files
 from megatron_rocm.data.tokenizer import inspect
 from megatron_rocm.errors import UsageError
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+VOCAB_MULTIPLE = 128  # Megatron-LM's make_vocab_size_divisible_by
 
 # Llama 3.1's scaling. megatron-core has these numbers fixed (models/common/embeddings/rotary_pos_embedding.py).
 LLAMA3_ROPE = {
@@ -22,6 +28,121 @@ TOKENIZER_COMPANIONS = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", *TOKENIZER_COMPANIONS)
+ALL_FILES = (CONFIG, GENERATION, *TOKENIZER_FILES)
+
+# Key of a Llama's config.json, the only value that our model computes, and the value that transformers takes where
+# there is none.
+FIXED = (
+    ("model_type", "llama", None),
+    ("hidden_act", "silu", "silu"),
+    ("attention_bias", False, False),
+    ("mlp_bias", False, False),
+    ("quantization_config", None, None),
+)
+
+# What makes a model one of the presets, whatever its vocabulary and the range of its positions.
+SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "rotary_base")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json. Raises UsageError."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{folder}: no Hugging Face model here (no {CONFIG})") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: can't be read ({error})") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path}: is not the configuration of a model")
+    return config
+
+
+def model_of(config: dict[str, Any], path: Path) -> Model:
+    """The Model section of what a config.json describes. Raises UsageError for what is not a Llama that we train."""
+    for key, only, default in FIXED:
+        if config.get(key, default) != only:
+            raise UsageError(
+                f"{path}: {key} is {json.dumps(config.get(key))[:80]}; only {json.dumps(only)} can be converted"
+            )
+    try:
+        heads, hidden, vocab = config["num_attention_heads"], config["hidden_size"], config["vocab_size"]
+        rope = config.get("rope_parameters") or {}
+        factor = _scaling(config.get("rope_scaling") or rope, path)
+        return with_names({
+            "num_layers": config["num_hidden_layers"],
+            "hidden_size": hidden,
+            "ffn_hidden_size": config["intermediate_size"],
+            "num_attention_heads": heads,
+            "num_query_groups": config.get("num_key_value_heads") or heads,
+            "kv_channels": config.get("head_dim") or hidden // heads,
+            "vocab_size": vocab,
+            "max_position_embeddings": config.get("max_position_embeddings", 2048),
+            "rotary_base": int(rope.get("rope_theta") or config.get("rope_theta") or 10_000),
+            "rope_scaling_factor": factor,
+            "tied_embeddings": config.get("tie_word_embeddings", False),
+            "norm_eps": config.get("rms_norm_eps", 1e-6),
+            "init_std": config.get("initializer_range", 0.02),
+        })  # fmt: skip
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"{path}: does not describe a Llama ({type(error).__name__}: {error})") from error
+
+
+def with_names(shape: dict[str, Any]) -> Model:
+    """A Model section of its numbers alone, `rope_scaling_factor` None where the rotary embedding is not scaled.
+
+    Family, size and title are those of the published model of this shape where there is one.
+    """
+    known = [one for one, preset in PRESETS.items() if all(getattr(preset, key) == shape[key] for key in SHAPE)]
+    factor = shape["rope_scaling_factor"]
+    newer = factor is not None or shape["rotary_base"] == 500_000
+    family, size = known[0] if known else ("llama3" if newer else "llama2", "other")
+    preset = PRESETS.get((family, size))
+    return Model.model_validate({
+        **shape,
+        "family": family,
+        "size": size,
+        "title": preset.title if preset else f"Llama of {shape['num_layers']} layers",
+        "padded_vocab_size": -(-shape["vocab_size"] // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        "rope_scaling": factor is not None,
+        # A run with ROPE_SCALING=0 has its preset's factor, without effect.
+        "rope_scaling_factor": factor or (preset and preset.rope_scaling_factor) or 1.0,
+    })  # fmt: skip
+
+
+def _scaling(rope: dict[str, Any], path: Path) -> float | None:
+    """The factor of Llama 3.1's RoPE scaling; None where there is none."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    said = {**rope, "rope_type": kind}
+    if any(said.get(key) != value for key, value in LLAMA3_ROPE.items()):
+        raise UsageError(
+            f"{path}: RoPE scaling {json.dumps(rope)}: only Llama 3.1's, {json.dumps(LLAMA3_ROPE)}, is trained"
+        )
+    return float(rope["factor"])
+
+
+def copy_description(source: Path, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write a model's own configuration into `folder`, with the type of its weights."""
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    write_json(folder / CONFIG, {**config, key: str(dtype).removeprefix("torch.")})
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, folder / GENERATION)
+
+
+def copy_tokenizer_files(source: Path, folder: Path) -> None:
+    """Copy what there is of a tokenizer. Raises UsageError where `source` is no folder."""
+    if not source.is_dir():
+        raise UsageError(f"--tokenizer {source}: is not a folder of a Hugging Face tokenizer")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def llama_config(model: Model, *, dtype: str, bos: int | None, eos: int) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""The weight mapping Hugging Face Llama ⇄ megatron-core, as a table, and how each kind of row is carried over.
+"""The weight mapping between Hugging Face, Meta and megatron-core's Llama, as a table, and how a row is carried over.
 
 Pure functions over torch tensors: nothing is read or written here, no type is changed, and each tensor is done by
 itself, so that a converter streams a model of any size.
 
-Both sides rotate halves in their rotary embedding, so Q and K need no permutation.
+Hugging Face and megatron-core rotate halves in their rotary embedding, Meta pairs of neighbours: its Q and K have their
+rows in another order.
 Sources: megatron/core/transformer/{attention,mlp}.py and models/gpt/gpt_layer_specs.py in megatron-core 0.16.1,
-modeling_llama.py in transformers.
+modeling_llama.py in transformers, llama/model.py in Meta's repository.
 """
 
 from __future__ import annotations
@@ -24,10 +25,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class How:
-    """A way to carry a weight over: `split` makes Hugging Face's tensors of Megatron's one, `join` undoes it."""
+    """A way to carry a weight over.
+
+    `split` makes Hugging Face's tensors of Megatron's one; `join` undoes it, in parts that lie one below the other;
+    `unpair` makes Hugging Face's of Meta's.
+    """
 
     split: Callable[[Tensor, Model], Sequence[Tensor]]
-    join: Callable[[Sequence[Tensor], Model], Tensor]
+    join: Callable[[Sequence[Tensor], Model], Sequence[Tensor]]
+    unpair: Callable[[Sequence[Tensor], Model], Sequence[Tensor]] = lambda parts, model: parts
 
 
 def _split_qkv(weight: Tensor, model: Model) -> Sequence[Tensor]:
@@ -38,20 +44,27 @@ def _split_qkv(weight: Tensor, model: Model) -> Sequence[Tensor]:
     return [part.reshape(-1, model.hidden_size) for part in by_group.split((queries, 1, 1), dim=1)]
 
 
-def _join_qkv(parts: Sequence[Tensor], model: Model) -> Tensor:
+def _join_qkv(parts: Sequence[Tensor], model: Model) -> Sequence[Tensor]:
     groups = model.num_query_groups
     by_group = [part.reshape(groups, -1, model.kv_channels, model.hidden_size) for part in parts]
-    return torch.cat(by_group, dim=1).reshape(-1, model.hidden_size)
+    return (torch.cat(by_group, dim=1).reshape(-1, model.hidden_size),)
 
 
-def _pad(parts: Sequence[Tensor], model: Model) -> Tensor:
-    padding = parts[0].new_zeros(model.padded_vocab_size - model.vocab_size, model.hidden_size)
-    return torch.cat((parts[0], padding))
+def _unpair_qk(parts: Sequence[Tensor], model: Model) -> Sequence[Tensor]:
+    """Meta rotates row 2i of a head with row 2i+1, the others row i with row i + half a head."""
+    pairs = model.kv_channels // 2
+    query_key = (part.reshape(-1, pairs, 2, model.hidden_size).transpose(1, 2) for part in parts[:2])
+    return *(part.reshape(-1, model.hidden_size) for part in query_key), parts[2]
 
 
-COPY = How(lambda weight, model: (weight,), lambda parts, model: parts[0])
-QKV = How(_split_qkv, _join_qkv)
-GATE_UP = How(lambda weight, model: weight.chunk(2), lambda parts, model: torch.cat(tuple(parts)))
+def _pad(parts: Sequence[Tensor], model: Model) -> Sequence[Tensor]:
+    rows = model.padded_vocab_size - model.vocab_size
+    return (*parts, parts[0].new_zeros(rows, model.hidden_size)) if rows else parts
+
+
+COPY = How(lambda weight, model: (weight,), lambda parts, model: parts)
+QKV = How(_split_qkv, _join_qkv, _unpair_qk)
+GATE_UP = How(lambda weight, model: weight.chunk(2), lambda parts, model: parts)
 VOCABULARY = How(lambda weight, model: (weight[: model.vocab_size],), _pad)
 
 
@@ -73,6 +86,7 @@ class Row:
 
     megatron: str
     hugging_face: tuple[str, ...]
+    meta: tuple[str, ...]
     how: How
     shape: Callable[[Model], Shape]
     local: str | None = None
@@ -82,39 +96,49 @@ class Row:
         return math.prod(self.shape(model))
 
 
-_M, _H = "decoder.layers.{}.", "model.layers.{}."
+_M, _H, _R = "decoder.layers.{}.", "model.layers.{}.", "layers.{}."
 
 ROWS = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VOCABULARY, _table),
     Row(
-        _M + "self_attention.linear_qkv.layer_norm_weight", (_H + "input_layernorm.weight",), COPY, _norm,
-        local=_M + "input_layernorm.weight",
+        "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("tok_embeddings.weight",),
+        VOCABULARY, _table,
+    ),
+    Row(
+        _M + "self_attention.linear_qkv.layer_norm_weight",
+        (_H + "input_layernorm.weight",), (_R + "attention_norm.weight",),
+        COPY, _norm, local=_M + "input_layernorm.weight",
     ),
     Row(
         _M + "self_attention.linear_qkv.weight",
         (_H + "self_attn.q_proj.weight", _H + "self_attn.k_proj.weight", _H + "self_attn.v_proj.weight"),
+        (_R + "attention.wq.weight", _R + "attention.wk.weight", _R + "attention.wv.weight"),
         QKV, lambda m: ((m.num_attention_heads + 2 * m.num_query_groups) * m.kv_channels, m.hidden_size),
     ),
     Row(
-        _M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",),
+        _M + "self_attention.linear_proj.weight",
+        (_H + "self_attn.o_proj.weight",), (_R + "attention.wo.weight",),
         COPY, lambda m: (m.hidden_size, m.num_attention_heads * m.kv_channels),
     ),
     Row(
-        _M + "mlp.linear_fc1.layer_norm_weight", (_H + "post_attention_layernorm.weight",), COPY, _norm,
-        local=_M + "pre_mlp_layernorm.weight",
+        _M + "mlp.linear_fc1.layer_norm_weight",
+        (_H + "post_attention_layernorm.weight",), (_R + "ffn_norm.weight",),
+        COPY, _norm, local=_M + "pre_mlp_layernorm.weight",
     ),
     Row(
-        _M + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"),
+        _M + "mlp.linear_fc1.weight",
+        (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"),
+        (_R + "feed_forward.w1.weight", _R + "feed_forward.w3.weight"),
         GATE_UP, lambda m: (2 * m.ffn_hidden_size, m.hidden_size),
     ),
     Row(
-        _M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",),
+        _M + "mlp.linear_fc2.weight",
+        (_H + "mlp.down_proj.weight",), (_R + "feed_forward.w2.weight",),
         COPY, lambda m: (m.hidden_size, m.ffn_hidden_size),
     ),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",), COPY, _norm),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",), ("norm.weight",), COPY, _norm),
     Row(
-        "output_layer.weight", ("lm_head.weight",), VOCABULARY, _table,
-        when=lambda m: not m.tied_embeddings,  # tied: both sides keep the embedding alone
+        "output_layer.weight", ("lm_head.weight",), ("output.weight",), VOCABULARY, _table,
+        when=lambda m: not m.tied_embeddings,  # tied: all sides keep the embedding alone
     ),
 )  # fmt: skip
 
@@ -132,6 +156,11 @@ class Weight:
         return self.row.megatron.format(self.layer)
 
     @property
+    def stacked(self) -> str:
+        """Transformer Engine's name where all layers lie in one tensor, which megatron-core does by default."""
+        return self.row.megatron.replace("{}.", "")
+
+    @property
     def local(self) -> str:
         """The name with megatron-core's own layers."""
         return (self.row.local or self.row.megatron).format(self.layer)
@@ -139,6 +168,10 @@ class Weight:
     @property
     def hugging_face(self) -> tuple[str, ...]:
         return tuple(name.format(self.layer) for name in self.row.hugging_face)
+
+    @property
+    def meta(self) -> tuple[str, ...]:
+        return tuple(name.format(self.layer) for name in self.row.meta)
 
     def hugging_face_shapes(self, model: Model) -> dict[str, Shape]:
         """Hugging Face's names, each with the shape of its tensor."""
@@ -155,14 +188,19 @@ class Weight:
         parts = self.row.how.split(weight, model)
         return {name: part.contiguous() for name, part in zip(self.hugging_face, parts, strict=True)}
 
-    def to_megatron(self, weights: Mapping[str, Tensor], model: Model) -> Tensor:
-        """Megatron's tensor from Hugging Face's by name, padded with zero rows up to `padded_vocab_size`.
+    def to_megatron(self, weights: Mapping[str, Tensor], model: Model) -> Sequence[Tensor]:
+        """Megatron's tensor from Hugging Face's by name, in parts that lie one below the other: most are the tensors
+        given, so that nothing is copied. The last may be zero rows up to `padded_vocab_size`.
 
         Raises KeyError for a name that is missing, ValueError for a shape that is not `model`'s.
         """
         for name, shape in self.hugging_face_shapes(model).items():
             self._expect(name, tuple(weights[name].shape), shape)
         return self.row.how.join([weights[name] for name in self.hugging_face], model)
+
+    def from_meta(self, parts: Sequence[Tensor], model: Model) -> dict[str, Tensor]:
+        """Hugging Face's tensors by name from Meta's, whole ones in the order of `meta`."""
+        return dict(zip(self.hugging_face, self.row.how.unpair(parts, model), strict=True))
 
     @staticmethod
     def _expect(name: str, found: Shape, expected: Shape) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from megatron_rocm.checkpoint import manifest
+from megatron_rocm.checkpoint.convert import archive
+from megatron_rocm.checkpoint.convert.mapped import Mapped
 from megatron_rocm.checkpoint.convert.table import Row, Weight
 from megatron_rocm.checkpoint.unpickle import read_metadata
 from megatron_rocm.errors import UsageError
@@ -28,6 +33,8 @@ class TorchDist:
         self.folder = Path(folder)
         self._metadata = read_metadata(self.folder)
         entries = self._metadata.state_dict_metadata.items()
+        self._listed = manifest.read(self.folder) or {}
+        self._files: dict[str, Mapped] = {}
         self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
     def dtype(self, weight: Weight) -> torch.dtype:
@@ -37,6 +44,14 @@ class TorchDist:
         """The whole tensor. Raises UsageError where it is missing, incomplete or damaged."""
         parts = [self._read(key, index) for key, index in self._find(weight)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def whole(self, key: str, index: int | None = None) -> Tensor:
+        """The tensor of a key, or the `index`th of those that lie stacked in it. Raises UsageError as `read` does."""
+        return self._read(key, index)
+
+    def layers(self, key: str) -> int:
+        """How many tensors lie stacked in that of a key."""
+        return int(self._tensors[key].size[0])
 
     def _find(self, weight: Weight) -> Keys:
         for pattern in self._patterns(weight.row):
@@ -57,8 +72,8 @@ class TorchDist:
         entry = self._tensors[key]
         if index is not None and index >= entry.size[0]:
             raise UsageError(f"{self.folder}: {key} has {entry.size[0]} layers, the model more")
-        whole = torch.empty(entry.size if index is None else entry.size[1:], dtype=entry.properties.dtype)
-        filled = 0
+        shape = tuple(entry.size if index is None else entry.size[1:])
+        parts = []
         for chunk in entry.chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
             if index is not None and not offsets[0] <= index < offsets[0] + sizes[0]:
@@ -66,22 +81,62 @@ class TorchDist:
             part = self._load(MetadataIndex(key, chunk.offsets)).reshape(sizes)
             if index is not None:
                 part, offsets, sizes = part[index - offsets[0]], offsets[1:], sizes[1:]
-            whole[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))] = part
-            filled += part.numel()
-        if filled != whole.numel():
-            raise UsageError(f"{self.folder}: {key} is incomplete ({filled} of {whole.numel()} elements)")
+            if part.dtype != entry.properties.dtype:
+                raise UsageError(f"{self.folder}: {key} is {part.dtype}, and .metadata says {entry.properties.dtype}")
+            parts.append((offsets, part))
+        filled, expected = sum(part.numel() for _, part in parts), math.prod(shape)
+        if filled != expected:
+            raise UsageError(f"{self.folder}: {key} is incomplete ({filled} of {expected} elements)")
+        if len(parts) == 1:
+            return parts[0][1]  # as it lies in the file
+        whole = torch.empty(shape, dtype=entry.properties.dtype)
+        for offsets, part in parts:
+            whole[tuple(slice(start, start + size) for start, size in zip(offsets, part.shape, strict=True))] = part
         return whole
+
+    def ahead(self, weight: Weight) -> None:
+        """Begin to read it."""
+        for key, index in self._find(weight):
+            for chunk in self._tensors[key].chunks:
+                if index is None or chunk.offsets[0] <= index < chunk.offsets[0] + chunk.sizes[0]:
+                    place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+                    self._file(place).ahead(place.offset, place.length)
 
     def _load(self, index: MetadataIndex) -> Tensor:
         place = self._metadata.storage_data[index]
         if getattr(place, "transform_descriptors", None):
             raise UsageError(f"{self.folder}: {index.fqn} is stored compressed, which is not in this version")
-        path = self.folder / place.relative_path
+        file = self._file(place)
         try:
-            with path.open("rb") as file:
-                file.seek(place.offset)
-                return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged archive raises anything
+            found = archive.read(file, place.offset, place.length)
+        except UsageError as error:
             raise UsageError(
-                f"{path}: damaged or missing where {index.fqn} lies ({error}); choose another --iteration"
+                f"{file.path}: damaged where {index.fqn} lies; choose another --iteration. {error}"
             ) from error
+        if not isinstance(found, Tensor):
+            raise UsageError(f"{self.folder}: {index.fqn} is not a tensor but a {type(found).__name__}")
+        return found
+
+    def _file(self, place: Any) -> Mapped:
+        name = place.relative_path
+        if name not in self._files:
+            if Path(name).name != name:
+                raise UsageError(f"{self.folder}: .metadata names a file outside it, {name}")
+            try:
+                file = Mapped(self.folder / name)
+            except UsageError as error:
+                raise UsageError(f"{error}; or choose another --iteration") from error
+            listed = self._listed.get(name)
+            if listed and listed.size != file.size:
+                raise UsageError(
+                    f"{file.path}: has {file.size:,} bytes instead of {listed.size:,}: damaged; choose another "
+                    "--iteration"
+                )
+            self._files[name] = file
+        return self._files[name]
+
+    def files(self, weights: Iterable[Weight]) -> set[str]:
+        """The names of the files that hold these weights."""
+        keys = {key for weight in weights for key, _ in self._find(weight)}
+        places = self._metadata.storage_data.items()
+        return {place.relative_path for index, place in places if index.fqn in keys}

@@ -8,16 +8,32 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 
 from megatron_rocm.checkpoint.folder import set_latest
-from megatron_rocm.checkpoint.save import InProcess
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.model.build import build_chunks, transformer_config
 from megatron_rocm.model.llama import core
 from megatron_rocm.platform import cpu
 from megatron_rocm.train.distributed import form_groups
+
+
+class InProcess(torch_dist.TorchDistSaveShardedStrategy):
+    """megatron-core's own format, without the processes that it starts for writing."""
+
+    def __init__(self):
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict, checkpoint_dir):
+        flat, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        dcp.save(
+            torch_dist.mcore_to_pyt_state_dict(flat, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir),
+            planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
 
 
 @torch.no_grad()

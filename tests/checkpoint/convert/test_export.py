@@ -9,12 +9,17 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_rocm.checkpoint.convert import main
-from megatron_rocm.checkpoint.convert.export import export
+from megatron_rocm.checkpoint.convert.command import main
+from megatron_rocm.checkpoint.convert.from_megatron import FromMegatron
 from megatron_rocm.checkpoint.convert.generate import generate
+from megatron_rocm.checkpoint.convert.to_huggingface import write_huggingface
 from megatron_rocm.errors import UsageError
 
 NAMES = ("grouped", "tied", "llama2", "layers_apart")
+
+
+def export(source: Path, out: Path, iteration: int | None = None, **options) -> Path:
+    return write_huggingface(FromMegatron(source, iteration), out, **options)
 
 
 @pytest.fixture(scope="module")
@@ -74,26 +79,28 @@ def test_shards_and_index(checkpoints, exported, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path != out]
 
 
-CHECK = """
+VERIFY = """
 import sys
-from megatron_rocm.checkpoint.convert import main
+from pathlib import Path
+from megatron_rocm.checkpoint.convert.command import main
 source, out, wrong = sys.argv[1:]
-print("status", main(["megatron-to-hf", source, out, "--check"]))
-from megatron_rocm.checkpoint.convert.check import check
-print("wrong", check(source, wrong))
+print("status", main(["megatron-to-hf", source, out]))
+from megatron_rocm.checkpoint.convert.from_megatron import FromMegatron
+from megatron_rocm.checkpoint.convert.verifying import verify
+print("wrong", verify(FromMegatron(source), Path(wrong)))
 """
 
 
-def test_check_finds_agreement_and_a_wrong_configuration(checkpoints, exported, tmp_path):
+def test_verify_finds_agreement_and_a_wrong_configuration(checkpoints, exported, tmp_path):
     """In a process of its own: it makes a process group. Rotary scaling left out is the subtlest of faults."""
     wrong = shutil.copytree(exported / "grouped", tmp_path / "wrong")
     config = json.loads((wrong / "config.json").read_text())
     (wrong / "config.json").write_text(json.dumps({**config, "rope_scaling": None}))
-    command = [sys.executable, "-c", CHECK, checkpoints / "grouped", tmp_path / "right", wrong]
+    command = [sys.executable, "-c", VERIFY, checkpoints / "grouped", tmp_path / "right", wrong]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     _, right, status, differs = done.stdout.splitlines() or ["", "", "", done.stderr]
-    assert right.startswith("logits agree") and "100.0%" in right and status == "status 0"
-    assert differs.startswith("wrong logits DIFFER")
+    assert right.startswith("the two sides agree at all 6 places") and "100.0%" in right and status == "status 0"
+    assert differs.startswith("wrong the two sides DIFFER, first at layer 1")
 
 
 def test_a_destination_in_use_is_kept(checkpoints, tmp_path):
@@ -140,10 +147,10 @@ def test_an_iteration_that_is_not_there(copy, tmp_path):
 def test_damage(copy):
     for path in copy.glob("iter_0000003/*.distcp"):
         path.write_bytes(path.read_bytes()[:5000])
-    assert "damaged or missing" in refused(copy) and "--iteration" in refused(copy)
+    assert "damaged where embedding" in refused(copy) and "--iteration" in refused(copy)
     for path in copy.glob("iter_0000003/*.distcp"):
         path.unlink()
-    assert "damaged or missing" in refused(copy)
+    assert "can't be read (No such file" in refused(copy) and "--iteration" in refused(copy)
 
 
 def test_a_configuration_of_another_model(copy):
@@ -153,7 +160,7 @@ def test_a_configuration_of_another_model(copy):
     assert "has 3 layers, the model more" in refused(copy)
     path = copy / "iter_0000003/common.pt"
     path.write_bytes(path.read_bytes()[:100])
-    assert "common.pt: does not hold" in refused(copy)
+    assert "common.pt: not what torch.save writes" in refused(copy)
 
 
 def test_a_tokenizer_that_moved(copy, tokenizer, tmp_path):
@@ -166,15 +173,16 @@ def test_a_tokenizer_that_moved(copy, tokenizer, tmp_path):
 
 
 def test_the_command(checkpoints, tmp_path, capsys):
-    assert main(["megatron-to-hf", str(checkpoints / "tied"), str(tmp_path / "hf"), "--iteration", "3"]) == 0
+    words = ["megatron-to-hf", str(checkpoints / "tied"), str(tmp_path / "hf"), "--iteration", "3", "--no-verify"]
+    assert main(words) == 0
     assert str(tmp_path / "hf") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["hf-to-megatron", "a", "b"], "hf-to-megatron is not in this version"),
-        (["meta-to-megatron"], "meta-to-megatron is not in this version"),
+        (["hf-to-megatron", "a", "b", "--iteration", "3"], "--iteration is of a run"),
+        (["meta-to-megatron", "a", "b", "--dtype", "int8"], "--dtype"),
         (["sideways", "a", "b"], "no such direction"),
         (["megatron-to-hf", "a"], "destination"),
         (["megatron-to-hf", "a", "b", "--iteration", "x"], "--iteration"),
