@@ -6,7 +6,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_rocm import __version__
 from megatron_rocm.errors import UsageError
@@ -17,7 +17,8 @@ COMMANDS = {
     "parity": ("megatron_rocm.parity.command", "compare all layouts that this machine allows: [KEY=VALUE …]"),
     "prepare": ("megatron_rocm.data.prepare", "make a data set from text: [KEY=VALUE …]"),
     "data": ("megatron_rocm.data.command", "preprocess text; inspect, merge, split, concat or index .bin/.idx pairs"),
-    "convert": ("megatron_rocm.checkpoint.convert", "write a checkpoint in another format"),
+    "checkpoint": ("megatron_rocm.checkpoint.command", "ls, show, verify, diff or prune checkpoints: ls|… DIR"),
+    "convert": ("megatron_rocm.checkpoint.convert.command", "Llama weights between Hugging Face, Meta and Megatron"),
     "demo": ("megatron_rocm.demo", "data, training, export and a few generated lines, on any machine"),
 }
 
@@ -25,8 +26,13 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line. Returns its exit status: 2 for a mistake, 130 for Ctrl-C, else the sub-command's own."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: _dispatch(words))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run what a script of its own does; the exit status as `main` has it, with the same messages."""
     try:
-        status = _dispatch(words)
+        status = command()
         sys.stdout.flush()
         return status
     except UsageError as error:
@@ -52,7 +58,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _usage() -> str:
-    rows = [f"  {name:<9} {what}" for name, (_, what) in COMMANDS.items()]
+    rows = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["megatron-rocm COMMAND …", "", *rows, "", "COMMAND --help tells more; --version"])
 
 

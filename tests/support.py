@@ -53,7 +53,7 @@ def tiny_run(log_dir: Path | str = ".", **overrides: Any) -> RunConfig:
     fields["launch"]["log_dir"] = str(log_dir)
     for name, value in overrides.items():
         section, _, field = name.rpartition("__")
-        fields[section or _section(name)][field] = value
+        fields.setdefault(section or _section(name), {})[field] = value
     parallel, training = fields["parallel"], fields["training"]
     model_size = parallel["tp"] * parallel["pp"] * parallel["cp"]
     parallel["world_size"] = model_size * parallel["dp"]

@@ -35,8 +35,6 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # What an extra brings need not be installed where the tests run.
 OF_EXTRAS = {
-    "boto3": "boto3",
-    "botocore": "boto3",
     "datasets": "datasets",
     "flash_attn": "flash-attn",
     "mlperf_logging": "mlperf-logging",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from megatron_rocm.config.changes import ASK, FREE, NEVER, ROWS, WARN
 from megatron_rocm.config.others import OTHERS
 from megatron_rocm.config.presets import PRESETS
 from megatron_rocm.config.request import read
@@ -96,6 +97,27 @@ def rules_page() -> str:
     ])  # fmt: skip
 
 
+def changes_page() -> str:
+    rows = [(", ".join(f"`{name}`" for name in row.names), row.verdict, row.why) for row in ROWS]
+    verdicts = {
+        FREE: "The run goes on, and a line names the change.",
+        WARN: "It goes on, and a warning names the change.",
+        ASK: "It ends with exit status 2, unless `ALLOW_CHANGE` names the variable: `ALLOW_CHANGE=SEED,SPLIT`.",
+        NEVER: "It ends with exit status 2.",
+    }
+    order = list(verdicts)
+    return "\n".join([
+        MADE,
+        "# What may change between a checkpoint and the run that goes on from it\n",
+        "A checkpoint holds the configuration of the run that saved it. A run that goes on from it compares its own, "
+        "says what differs, and does as this table says. Names that are no variables follow from one (`NUM_LAYERS` "
+        "from `MODEL_SIZE`).\n",
+        table(("verdict", "what it means"), list(verdicts.items())),
+        "With `FINETUNE=1`, and from a checkpoint of weights alone, only the rows on the model count.\n",
+        table(("what", "verdict", "why"), sorted(rows, key=lambda row: -order.index(row[1]))),
+    ])  # fmt: skip
+
+
 # What is combined pairwise → the request for it.
 FEATURES = {
     "TP": {"TP": "2"},
@@ -177,6 +199,7 @@ PAGES = {
     "environment.md": environment_page,
     "rules.md": rules_page,
     "combinations.md": combinations_page,
+    "changes.md": changes_page,
 }
 
 

@@ -6,14 +6,17 @@ Needs no torch, so that launchers and tools can ask too.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.checkpoint import manifest, phases
 from megatron_rocm.errors import UsageError
 from megatron_rocm.platform.disk import sync_folder
 
 TRACKER = "latest_checkpointed_iteration.txt"
+SENDING = "sending.txt"  # names the iteration that this node is sending to a remote store
 PARTIAL = ".partial"  # ends the name of a folder that is being written
 WHOLE = "metadata.json"  # megatron-core writes it last
 
@@ -21,6 +24,31 @@ WHOLE = "metadata.json"  # megatron-core writes it last
 def checkpoint_path(root: str | Path, iteration: int) -> Path:
     """Where the checkpoint after `iteration` steps lies."""
     return Path(root) / f"iter_{iteration:07d}"
+
+
+def iteration_of(path: Path) -> int:
+    """The number in a checkpoint's name; -1 where it is another name."""
+    match = re.fullmatch(r"iter_(\d{1,18})", path.name)
+    return int(match[1]) if match else -1
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all files that the checkpoint's manifest names are there in their sizes; Megatron-LM's have none."""
+    try:
+        return (path / WHOLE).is_file() and not manifest.faults(path, full=False)
+    except UsageError:
+        return False
+
+
+def checkpoints(root: str | Path, whole: Callable[[Path], bool] = is_whole) -> list[Path]:
+    """The whole checkpoints in `root`, newest last."""
+    found = [path for path in Path(root).glob("iter_*") if iteration_of(path) >= 0 and whole(path)]
+    return sorted(found, key=iteration_of)
+
+
+def has_manifest(path: Path) -> bool:
+    """Whether the checkpoint, of which a node holds a part alone, was written to the end."""
+    return (path / manifest.MANIFEST).is_file()
 
 
 def latest(root: str | Path) -> Path | None:
@@ -43,23 +71,6 @@ def latest(root: str | Path) -> Path | None:
     return path
 
 
-def find(run: RunConfig) -> Path | None:
-    """The checkpoint `run` goes on from; None where it starts anew. Raises UsageError for one that is not there."""
-    if run.checkpoint.save and (path := latest(run.checkpoint.save)):
-        return path
-    if not run.checkpoint.load:
-        return None
-    if os.path.isfile(Path(run.checkpoint.load) / WHOLE):  # one checkpoint's own folder
-        return Path(run.checkpoint.load)
-    path = latest(run.checkpoint.load)
-    if not path:
-        raise UsageError(
-            f"LOAD_CKPT_PATH={run.checkpoint.load}: there is no checkpoint, as it has no {TRACKER}. "
-            "Name a folder that SAVE_CKPT_PATH has named before, or one iteration's folder in it"
-        )
-    return path
-
-
 def set_latest(root: str | Path, iteration: int) -> None:
     """Name the newest checkpoint; the file is replaced whole."""
     tracker = Path(root) / TRACKER
@@ -70,6 +81,68 @@ def set_latest(root: str | Path, iteration: int) -> None:
         os.fsync(file.fileno())
     temporary.replace(tracker)
     sync_folder(tracker.parent)
+
+
+def place(partial: Path, final: Path) -> None:
+    """Give a checkpoint that is whole and on disk its final name, then name it the newest.
+
+    One of that name is replaced: a damaged one, or one that a killed run had finished but not named. Where the tracker
+    names it, that names another or is gone before.
+    """
+    root = final.parent
+    if final.exists():
+        if _named(root / TRACKER) == iteration_of(final):
+            others = [path for path in checkpoints(root) if path != final]
+            set_latest(root, iteration_of(others[-1])) if others else (root / TRACKER).unlink()
+        remove(final)
+    phases.mark("rename")
+    partial.rename(final)
+    sync_folder(root)
+    phases.mark("name")
+    set_latest(root, iteration_of(final))
+
+
+def _named(file: Path) -> int:
+    """The iteration that the file names; -1 where it names none."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return -1
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; one that is half removed has lost its final name. Raises OSError."""
+    doomed = path.with_name(f"{path.name}.removed{PARTIAL}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def surplus(root: str | Path, keep_last: int, keep_every: int, whole: Callable[[Path], bool] = is_whole) -> list[Path]:
+    """Whole checkpoints but for the last `keep_last`, and those of every `keep_every`th step (0: none is kept for its
+    step).
+
+    Never among them are the one that the tracker names, the one that is on its way to a remote store, and with
+    `keep_last` 0 any. Damaged ones are not counted, so that a whole one is always left, nor among them.
+    """
+    if not keep_last:
+        return []
+    root = Path(root)
+    spared = {_named(root / TRACKER), _named(root / SENDING)}
+    old = checkpoints(root, whole)[:-keep_last]
+    return [
+        path
+        for path in old
+        if not (keep_every and iteration_of(path) % keep_every == 0) and iteration_of(path) not in spared
+    ]
+
+
+def prune(root: str | Path, keep_last: int, keep_every: int, whole: Callable[[Path], bool] = is_whole) -> list[Path]:
+    """Remove `surplus` checkpoints. Which. Raises OSError."""
+    removed = surplus(root, keep_last, keep_every, whole)
+    for path in removed:
+        remove(path)
+    return removed
 
 
 def remove_partial(root: str | Path) -> list[Path]:

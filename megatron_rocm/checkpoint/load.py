@@ -1,107 +1,221 @@
-"""Resuming: the whole state of a run, from SAVE_CKPT_PATH or else from LOAD_CKPT_PATH."""
+"""Going on from a checkpoint: the whole state of a run, or the weights alone, in whatever layout both have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from argparse import Namespace
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
-from megatron_rocm.checkpoint.folder import TRACKER, find
-from megatron_rocm.checkpoint.state import RNG, SHARDS, State, restore, sharded
-from megatron_rocm.checkpoint.unpickle import read_metadata
+from megatron_rocm.checkpoint import choose, manifest, megatron_lm, reader, state
+from megatron_rocm.checkpoint.choose import Choice
+from megatron_rocm.checkpoint.keys import MASTERS, STATE
+from megatron_rocm.checkpoint.state import RNG, SHARDS, State
+from megatron_rocm.checkpoint.unpickle import read_common, read_metadata
+from megatron_rocm.config.address import is_remote
+from megatron_rocm.config.changes import check
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
 
-# What of the model may differ from the checkpoint: names, and what only the layout decides.
-MODEL_MAY_DIFFER = {"size", "title", "padded_vocab_size", "max_position_embeddings", "init_std"}
 LAYOUT = ("tp", "pp", "vpp", "cp", "dp")
 T = TypeVar("T")
 
 
-def resume(run: RunConfig, state: State) -> Path | None:
-    """Bring `state` to where the newest checkpoint left off; every rank calls it. The checkpoint, or None.
+class Start(NamedTuple):
+    """Where a run goes on from, and lines on that for its log."""
+
+    path: Path | None = None  # None: it starts anew
+    notes: tuple[str, ...] = ()
+
+
+class _Take(NamedTuple):
+    """What of a checkpoint is taken."""
+
+    optimizer: bool = True
+    position: bool = True  # iteration, samples, schedule
+
+    @classmethod
+    def of(cls, run: RunConfig, common: Mapping[str, Any], *, resumes: bool) -> _Take:
+        if common.get("weights_only") or (run.checkpoint.finetune and not resumes):
+            return cls(optimizer=False, position=False)
+        return cls(optimizer=resumes or not run.checkpoint.no_load_optim)
+
+
+def resume(run: RunConfig, training: State) -> Start:
+    """Bring `training` to where the newest whole checkpoint left off; every rank calls it.
 
     With the same layout, training goes on bit-identically. With another, weights, optimizer, data position and
-    schedule are the same, the random generators are not. Raises UsageError.
+    schedule are the same, the random generators are not. Of a checkpoint of weights alone, and with FINETUNE=1 of any
+    from LOAD_CKPT_PATH, weights are taken and training begins. Raises UsageError, on every rank.
     """
-    path = _find_together(run)
+    choice = _together(lambda: choose.candidates(run))
+    path, notes = _first_whole(run, choice)
     if path is None:
-        return None
-    stored = read_metadata(path).state_dict_metadata  # refuses a pickle that calls code, before megatron-core reads it
-    common = _read(path, lambda: dist_checkpointing.load_common_state_dict(str(path)))
-    saved = common.get("run")
-    if not isinstance(saved, dict):
-        raise UsageError(f"{path} was not written by megatron-rocm: it does not hold the run's configuration")
-    check(run, saved, path)
-    same_layout = all(saved["parallel"][size] == getattr(run.parallel, size) for size in LAYOUT)
-    _read(path, lambda: _load(path, state, stored, with_rng=same_layout))
-    return path
+        return Start(notes=("starting from initial weights",))
+    if manifest.read(path) is None:
+        notes.append(f"{path} has no {manifest.MANIFEST}, so its bytes can't be compared with what was written")
+    common = megatron_lm.with_position(read_common(path), path)
+    saved = _configuration(common, path)
+    take = _Take.of(run, common, resumes=choice.resumes)
+    notes += check(run, saved, path, take.position, take.optimizer)
+    same_layout = all(saved.get("parallel", {}).get(size) == getattr(run.parallel, size) for size in LAYOUT)
+    stored = read_metadata(path).state_dict_metadata
+    wanted = state.sharded(training, stored, common.get("content_metadata"))
+    _gathered(lambda: _lacking(wanted, stored, path, take))
+    loaded = _read(path, lambda: _load(path, common, wanted, take, with_rng=same_layout and take.position))
+    state.restore_weights(training, loaded)
+    if take.optimizer:
+        state.restore_optimizer(training, loaded)
+    else:
+        state.forget_optimizer(training)
+        notes += ["the optimizer begins anew"] * take.position
+    if take.position:
+        state.restore_position(training, loaded, *_batches(run, saved))
+        notes.append(f"going on after iteration {training.iteration} from {path}")
+    else:
+        state.begin(training)
+        notes.append(f"starting at iteration 0 and the first sample with the weights of {path}")
+    return Start(path, tuple(notes))
 
 
-def _find_together(run: RunConfig) -> Path | None:
+def _together(find: Callable[[], Choice]) -> Choice:
     """`find`, with one answer for all ranks; its UsageError too is raised on all."""
     try:
-        mine = find(run), ""
+        mine = find(), ""
     except UsageError as error:
-        mine = None, str(error)
-    answers: list[tuple[Path | None, str]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(answers, mine)
-    for path, fault in answers:
+        mine = Choice(), str(error)
+    answers = _from_all(mine)
+    for choice, fault in answers:
         if fault:
             raise UsageError(fault)
-        if path != mine[0]:
+        if choice.paths[:1] != mine[0].paths[:1]:
+            there, here = (next(iter(paths), "none") for paths in (choice.paths, mine[0].paths))
             raise UsageError(
-                f"nodes see different checkpoints: {path or 'none'} and {mine[0] or 'none'}. "
+                f"nodes see different checkpoints: {there} and {here}. "
                 "SAVE_CKPT_PATH and LOAD_CKPT_PATH must lie on a file system that all nodes share"
             )
-    return mine[0]
+    # Local copies of a remote store may differ in older ones.
+    common = tuple(path for path in mine[0].paths if all(path in choice.paths for choice, _ in answers))
+    return mine[0]._replace(paths=common)
 
 
-def check(run: RunConfig, saved: dict[str, Any], path: Path) -> None:
-    """Raise UsageError unless `run` can go on from the checkpoint of the run `saved`."""
-    now = run.model_dump(mode="json")
-    for section, names in (
-        ("model", [name for name in saved["model"] if name not in MODEL_MAY_DIFFER]),
-        ("precision", ["dtype"]),
-        ("optimizer", ["name"]),
-    ):
-        wrong = [name for name in names if saved[section][name] != now[section][name]]
-        if wrong:
-            differences = ", ".join(f"{name} {saved[section][name]} there, {now[section][name]} here" for name in wrong)
-            raise UsageError(
-                f"the checkpoint {path} is of another {section}: {differences}. "
-                "Use the settings it was made with, or another SAVE_CKPT_PATH"
-            )
-    there, here = saved["data"].get("fingerprint"), run.data.fingerprint
-    if there and here and there != here:
+def _from_all(mine: T) -> list[T]:
+    answers = [mine] * dist.get_world_size()
+    dist.all_gather_object(answers, mine)
+    return answers
+
+
+def _first_whole(run: RunConfig, choice: Choice) -> tuple[Path | None, list[str]]:
+    """The best checkpoint that is whole, the same on all ranks, and lines on those that are not."""
+    wrong: list[str] = []
+    for path in choice.paths:
+        found = _damage(run, path)
+        if not found:
+            skipped = [f"warning: {what}; it is left as it is, and the one before it is taken" for what in wrong]
+            return path, [*choice.notes, *skipped]
+        wrong.append(choose.damaged(path, found))
+    if wrong:
+        raise UsageError(choose.none_whole(wrong))
+    return None, []
+
+
+def _damage(run: RunConfig, path: Path) -> list[str]:
+    """What is wrong with a checkpoint, to the last byte of it, the same on all ranks: each reads a share of the files.
+
+    Torch checks no checksum as it reads, so a flipped bit would be loaded as a weight. Copies of a remote store's are
+    each node's own.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if is_remote(run.checkpoint.save) or is_remote(run.checkpoint.load):
+        ranks = run.parallel.gpus_per_node
+        rank %= ranks
+    found = _gathered(lambda: choose.flaws(path) if rank == 0 else [])
+    return found or _gathered(lambda: manifest.faults(path, full=True, share=(rank, ranks)))
+
+
+def _gathered(find: Callable[[], list[str]]) -> list[str]:
+    """What all ranks have found; a UsageError of one is raised on all."""
+    try:
+        mine, error = find(), ""
+    except UsageError as raised:
+        mine, error = [], str(raised)
+    answers = _from_all((mine, error))
+    for _, fault in answers:
+        if fault:
+            raise UsageError(fault)
+    return [line for lines, _ in answers for line in lines]
+
+
+def _configuration(common: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The configuration of the run that saved a checkpoint, as far as it is told."""
+    run, args = common.get("run"), common.get("args")
+    if isinstance(run, dict):
+        return run
+    if isinstance(args, Namespace):
+        return megatron_lm.configuration(args, path)
+    if common.get("weights_only"):
+        return {}
+    raise UsageError(f"{path} holds no configuration: neither megatron-rocm nor Megatron-LM has saved it")
+
+
+def _batches(run: RunConfig, saved: Mapping[str, Any]) -> tuple[int, int]:
+    now = run.training.global_batch_size
+    return saved.get("training", {}).get("global_batch_size", now), now
+
+
+def _lacking(wanted: Mapping[str, Any], stored: Collection[str], path: Path, take: _Take) -> list[str]:
+    """Optimizer state that the checkpoint lacks. Raises UsageError for a weight, and where that state is wanted."""
+    lacking = [tensor.key for tensor in wanted[SHARDS].values() if tensor.key not in stored]
+    weights = [*_keys(state.weights_in(wanted)), *(key for key in lacking if not _is_moment(key))]
+    missing = [key for key in weights if key not in stored and f"{key}_w" not in stored]
+    if missing:
+        raise UsageError(f"{path} holds no {missing[0]}: it is not of this model, or not of a Llama")
+    if take.optimizer and lacking:
         raise UsageError(
-            f"the checkpoint {path} was trained on data of another tokenizer ({saved['data']['tokenizer_model']}) than "
-            f"this run's ({run.data.tokenizer_model}): the same ids are other words. Prepare the data with that one"
+            f"{path} holds no {lacking[0]}: its optimizer's state is missing, or in a form that only the layout which "
+            "wrote it reads (Megatron-LM saves one for all layouts with --dist-ckpt-optim-fully-reshardable). "
+            "NO_LOAD_OPTIM=1 goes on without it, FINETUNE=1 takes weights alone and begins at iteration 0, both from "
+            "LOAD_CKPT_PATH"
         )
+    return lacking
 
 
-def _load(path: Path, state: State, stored: Collection[str], *, with_rng: bool) -> None:
-    wanted = sharded(state, stored)
-    if not with_rng:
-        del wanted[RNG]
+def _is_moment(key: str) -> bool:
+    """Whether it is of what the optimizer remembers of a weight."""
+    return key.startswith(STATE) and not key.startswith(MASTERS[:2])
+
+
+def _keys(content: Mapping[str, Any]) -> Iterator[str]:
+    return (value.key for value in nested_values(content) if isinstance(value, ShardedTensor | ShardedTensorFactory))
+
+
+def _load(path: Path, common: dict[str, Any], wanted: dict[str, Any], take: _Take, *, with_rng: bool) -> dict[str, Any]:
+    """Read into the tensors of `wanted`, and return what has none of its own."""
+    parts = wanted.pop(SHARDS)
+    for number, part in list(parts.items()):
+        if _is_moment(part.key) and not take.optimizer:
+            parts.pop(number).data.zero_()  # as before the first step
+    rest = {RNG: wanted[RNG]} if with_rng else {}
     # By themselves: a weight of FSDP's is read twice where it is both weight and master copy here.
-    in_place = {SHARDS: wanted.pop(SHARDS)}
-    dist_checkpointing.load(in_place, str(path))
-    restore(state, dist_checkpointing.load(wanted, str(path)))
+    reader.load({SHARDS: parts}, path, common)
+    return reader.load({**state.weights_in(wanted), **rest}, path, common)
 
 
 def _read(path: Path, action: Callable[[], T]) -> T:
     """Do it; whatever goes wrong in reading a checkpoint is a fault of that checkpoint."""
     try:
         return action()
+    except UsageError:
+        raise
     except (Exception, CheckpointException) as error:
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         reason = " ".join(str(causes[0]).split())[:300]
         raise UsageError(
             f"the checkpoint {path} can't be read ({type(causes[0]).__name__}: {reason}). "
-            f"Write the iteration of another one into {TRACKER} beside it, or use another SAVE_CKPT_PATH"
+            "`megatron-rocm checkpoint verify` tells more; remove or rename it to go on from the one before"
         ) from error

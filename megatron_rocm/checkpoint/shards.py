@@ -25,15 +25,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megatron_rocm.checkpoint.keys import MASTERS, STATE
 from megatron_rocm.model.fsdp import FullySharded, Parts, parts_of
 from megatron_rocm.model.megatron_fsdp import MegatronFullySharded, replica_of
 from megatron_rocm.train import adam_state
-
-STATE = "optimizer.state."
-MASTER = STATE + "param."
-# Where a master copy may lie, best first: megatron-core's optimizer that is not distributed calls it fp32_param, and
-# FSDP, like every layout in FP32, has no other than the weight.
-MASTERS = (MASTER, STATE + "fp32_param.", "")
 
 
 @dataclass(frozen=True)

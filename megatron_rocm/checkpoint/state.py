@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rocm.checkpoint import shards
+from megatron_rocm.checkpoint.keys import MASTERS
 from megatron_rocm.model.fsdp import FullySharded
 from megatron_rocm.model.llama import core
 from megatron_rocm.model.megatron_fsdp import MegatronFullySharded
@@ -63,14 +64,17 @@ def metadata() -> dict[str, Any]:
     }
 
 
-def sharded(state: State, stored: Collection[str] | None = None) -> dict[str, Any]:
+def sharded(
+    state: State, stored: Collection[str] | None = None, form: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The state dict of megatron-core's dist_checkpointing, with Megatron-LM's keys. Values are this rank's shards.
 
-    `stored` are the keys of the checkpoint that it is to be loaded from; None to save. The optimizer gets its state
-    where it has none yet.
+    `stored` are the keys of the checkpoint that it is to be loaded from, and `form` what it says of how it has named
+    them; None to save. The optimizer gets its state where it has none yet.
     """
     adam_state.initialize(state.optimizer)
-    weights = _weights(state)
+    weights = _weights(state, form or {})
+    parts = shards.sharded(shards.held(state.model, state.optimizer, weights), stored)
     if stored is not None:
         weights = {name: _as_stored(content, stored) for name, content in weights.items()}
     return {
@@ -81,24 +85,39 @@ def sharded(state: State, stored: Collection[str] | None = None) -> dict[str, An
         "opt_param_scheduler": state.scheduler.state_dict(),
         "optimizer": _counters(state.optimizer),
         RNG: rng_state(),
-        SHARDS: shards.sharded(shards.held(state.model, state.optimizer, weights), stored),
+        SHARDS: parts,
         **weights,
     }
 
 
-def restore(state: State, loaded: dict[str, Any]) -> None:
-    """Take over what dist_checkpointing has loaded for `sharded(state, stored)`; the shards are in place already."""
+def restore_weights(state: State, loaded: dict[str, Any]) -> None:
+    """Take over what dist_checkpointing has loaded of `sharded(state, stored)`; the shards are in place already."""
     for name, chunk in zip(_weights_of(state), state.model, strict=False):
         core(chunk).load_state_dict(loaded[name])
     shards.loaded(state.optimizer)
     for chunk in state.model:
         if isinstance(chunk, MegatronFullySharded):
             chunk.take_over_weights()
+
+
+def restore_optimizer(state: State, loaded: dict[str, Any]) -> None:
+    """The same for what of the optimizer is one for all parameters: after `restore_weights`."""
     adam_state.set_steps(state.optimizer, adam_state.steps_in(loaded["optimizer"]))
     for part, scaler in zip(_scaled(state.optimizer), loaded["optimizer"].get(SCALERS, ()), strict=False):
         part.grad_scaler.load_state_dict(scaler)
-    state.scheduler.num_steps = 0  # loading adds the checkpoint's
-    state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+
+
+def forget_optimizer(state: State) -> None:
+    """Have the optimizer, whose tensors are as before the first step, count from there."""
+    adam_state.set_steps(state.optimizer, 0)
+
+
+def restore_position(state: State, loaded: dict[str, Any], batch: int, batch_now: int) -> None:
+    """The same for where training is. A step of `batch` samples was one of the schedule and is, with `batch_now`."""
+    schedule = loaded.get("opt_param_scheduler", {"num_steps": loaded["iteration"] * batch})
+    updates, rest = divmod(schedule["num_steps"], batch)
+    state.scheduler.num_steps = 0
+    state.scheduler.step(increment=updates * batch_now + rest * batch_now // batch)
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_train_samples"]
     state.recent_losses = loaded.get("recent_losses", [])
@@ -106,9 +125,23 @@ def restore(state: State, loaded: dict[str, Any]) -> None:
         set_rng_state(loaded[RNG])
 
 
-def _weights(state: State) -> dict[str, Any]:
+def begin(state: State) -> None:
+    """Where training is before the first step."""
+    state.scheduler.num_steps = 0
+    state.scheduler.step(increment=0)
+    state.iteration = state.consumed_samples = 0
+    state.recent_losses = []
+
+
+def weights_in(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a state dict that `sharded` has made is the model's own: of FSDP nothing."""
+    return {name: value for name, value in content.items() if name.startswith("model")}
+
+
+def _weights(state: State, form: Mapping[str, Any]) -> dict[str, Any]:
     """The model chunks' own sharded state dicts; of FSDP, whose weights checkpoint/shards.py has, none."""
-    how = metadata()
+    named = {name: form[name] for name in ("singleton_local_shards", "non_homogeneous_layers") if name in form}
+    how = {**metadata(), **named}
     return {
         name: core(chunk).sharded_state_dict(metadata=how)
         for name, chunk in zip(_weights_of(state), state.model, strict=False)
@@ -116,7 +149,13 @@ def _weights(state: State) -> dict[str, Any]:
 
 
 def _as_stored(weights: dict[str, Any], stored: Collection[str]) -> dict[str, Any]:
-    """Transformer Engine's own objects as they are, where the checkpoint has none of them: FSDP does not save them."""
+    """Transformer Engine's own objects as they are, where the checkpoint has none of them: FSDP does not save them.
+
+    A weight in FP32 comes from the master copy where the checkpoint has one: the weight beside it is rounded.
+    """
+    for entry in weights.values():
+        if not isinstance(entry, ShardedObject) and entry.data.dtype == torch.float32:
+            entry.key = next((name + entry.key for name in MASTERS if name + entry.key in stored), entry.key)
     return {
         name: LocalNonpersistentObject(entry.data)
         if isinstance(entry, ShardedObject) and entry.unique_key not in stored

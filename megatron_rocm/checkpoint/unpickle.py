@@ -1,15 +1,21 @@
-"""Reads the pickle inside a checkpoint, `.metadata`, by an allow-list: a checkpoint from elsewhere is data, not code.
+"""Reads the pickles inside a checkpoint by allow-lists: a checkpoint from elsewhere is data, not code.
 
-`common.pt` and the tensors need nothing of ours: torch.load(weights_only=True) has an allow-list of its own.
+`.metadata` is a bare pickle. What torch.save has written (`common.pt`, objects such as the random generators' state)
+goes through torch's own restricted unpickler, whose list knows tensors and plain values; ours adds to it.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
+import signal
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path, PosixPath
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
+import numpy
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
@@ -42,6 +48,79 @@ ALLOWED: dict[tuple[str, str], Any] = {
         if hasattr(module, name)
     },
 }  # fmt: skip
+
+_reconstruct = numpy.zeros(0).__reduce__()[0]  # whatever this numpy calls its module
+
+# Beyond torch's own, by the names in the pickle: Megatron-LM's arguments, and the state of numpy's random generator.
+OBJECTS: tuple[tuple[Any, str], ...] = (
+    (Namespace, "argparse.Namespace"),
+    (SimpleNamespace, "types.SimpleNamespace"),
+    (PosixPath, "pathlib.PosixPath"),
+    (PosixPath, "pathlib._local.PosixPath"),
+    (io.BytesIO, "_io.BytesIO"),  # extra state of Transformer Engine's layers
+    (_reconstruct, "numpy.core.multiarray._reconstruct"),
+    (_reconstruct, "numpy._core.multiarray._reconstruct"),
+    (numpy.ndarray, "numpy.ndarray"),
+    (numpy.dtype, "numpy.dtype"),
+    (type(numpy.dtype("uint32")), "numpy.dtypes.UInt32DType"),
+    (signal.Signals, "signal.Signals"),
+    *((number, f"signal.{number.name}") for number in signal.Signals),  # as Python before 3.11 writes them
+)
+# Of these packages Megatron-LM's arguments hold enumerations and the like, which nothing here asks for.
+NOT_ASKED_FOR = ("megatron.", "transformer_engine.")
+
+
+class Inert:
+    """Stands for an object of a class that is not imported: it keeps what the pickle says of it."""
+
+    def __init__(self, *said: Any) -> None:
+        self.said: Any = said
+
+    def __setstate__(self, state: Any) -> None:
+        self.said = state
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self.said!r}"
+
+
+def read_saved(file: str | Path | IO[bytes], name: str | Path | None = None) -> Any:
+    """What torch.save has written into `file`; tensors come to host memory.
+
+    Objects of megatron's and Transformer Engine's classes are Inert, unless these are imported. Raises OSError, and
+    UsageError, which calls the file `name`, where it is damaged or names anything but tensors and plain values; nothing
+    it names is called then.
+    """
+    path = name or file
+    opened = io.BytesIO(Path(file).read_bytes()) if isinstance(file, str | Path) else file
+    try:
+        with torch.serialization.safe_globals(list(OBJECTS)):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(opened)
+            refused = sorted(name for name in names if not name.startswith(NOT_ASKED_FOR))
+            if refused:
+                raise UsageError(f"{path}: it names {', '.join(refused[:3])}, which a checkpoint never needs")
+            inert: list[Any] = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in names]
+            with torch.serialization.safe_globals(inert):
+                opened.seek(0)
+                return torch.load(opened, map_location="cpu", weights_only=True)
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged archive raises anything
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{path}: not what torch.save writes, or damaged ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def read_common(folder: str | Path) -> dict[str, Any]:
+    """What a checkpoint folder holds beside tensors, `common.pt`. Raises UsageError as `read_saved` does."""
+    path = Path(folder) / "common.pt"
+    try:
+        common = read_saved(path)
+    except OSError as error:
+        raise UsageError(f"{path}: can't be read ({error.strerror}); a torch_dist checkpoint folder has it") from error
+    if not isinstance(common, dict):
+        raise UsageError(f"{path}: not the common state of a checkpoint: it holds a {type(common).__name__}")
+    return common
 
 
 class _Unpickler(pickle.Unpickler):

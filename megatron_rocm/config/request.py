@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_rocm.config import core_fields
+from megatron_rocm.config.address import checked, is_remote
 from megatron_rocm.config.blend import PATH_VARIABLES
 from megatron_rocm.config.blend import parse as parse_paths
 from megatron_rocm.config.others import OTHERS
@@ -27,7 +28,8 @@ from megatron_rocm.errors import UsageError
 
 # A secret on a command line is readable by every user of the machine.
 ENVIRONMENT_ONLY = ("HF_TOKEN", "WANDB_API_KEY")
-PATHS = ("LOG_DIR", "SAVE_CKPT_PATH", "LOAD_CKPT_PATH", "DATA_CACHE_PATH", "TOKENIZER_MODEL", *PATH_VARIABLES)
+ADDRESSES = ("SAVE_CKPT_PATH", "LOAD_CKPT_PATH")  # or folders
+PATHS = ("LOG_DIR", *ADDRESSES, "LOCAL_CKPT_PATH", "DATA_CACHE_PATH", "TOKENIZER_MODEL", *PATH_VARIABLES)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def read(
     for name, (text, origin) in texts.items():
         if text:  # an empty value is an unset one, as in the guide's `${KEY:-default}`
             text = _at_home(text) if name in PATHS else text
+            text = checked(name, text) if name in ADDRESSES and is_remote(text) else text
             said[name] = Said(_value(name, text), text, origin)
     return RunRequest(family, said, exports)
 

@@ -13,24 +13,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from megatron_rocm.config.blend import Paths
+from megatron_rocm.config.checkpoint import Checkpoint
 from megatron_rocm.config.variable import (
     BY_RULE,
     MOST,
     MOST_PROCESSES,
     OURS,
     REPAIRED,
+    Section,
     Variable,
     var,
 )
 
 Sources = tuple[tuple[float | None, str], ...]  # weight and prefix of each
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class Model(Section):
@@ -301,22 +299,6 @@ class Data(Section):
         """What the run draws from; empty for mock data."""
         own = {"train": self.train_blend, "valid": self.valid_blend, "test": self.test_blend}
         return {name: blend for name, blend in own.items() if blend} if self.train_blend else self.blend or ()
-
-
-class Checkpoint(Section):
-    save: str | None = var(
-        "SAVE_CKPT_PATH", None, "folder for checkpoints; a run resumes from what it finds there",
-        text="nothing is saved", state=REPAIRED,
-        note="holds optimizer, scheduler, RNG and data position too, so that resume is exact",
-    )  # fmt: skip
-    load: str | None = var(
-        "LOAD_CKPT_PATH", None, "checkpoint folder to start from where SAVE_CKPT_PATH holds none", text="none",
-        state=REPAIRED, note="loads the whole state; the guide's scripts drop optimizer and RNG",
-    )  # fmt: skip
-    save_interval: int = var("SAVE_INTERVAL", 5000, "steps between checkpoints", ge=1, le=MOST)
-    save_timeout: int = var(
-        "SAVE_TIMEOUT", 1800, "seconds after which a save that hangs ends the run", state=OURS, ge=1, le=MOST
-    )
 
 
 class Logging(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -20,6 +20,12 @@ OURS = "ours"  # not in the guide
 MOST = 10**9  # of steps, seconds, samples and tokens of a sequence
 MOST_PROCESSES = 65_536
 BY_RULE: Any = PydanticUndefined  # no default: `resolve` computes it; `default_text` says how
+
+
+class Section(BaseModel):
+    """A part of the schema: one concern's fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 @dataclass(frozen=True)

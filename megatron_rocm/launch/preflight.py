@@ -9,7 +9,9 @@ import socket
 import time
 from pathlib import Path
 
-from megatron_rocm.checkpoint.folder import find
+from megatron_rocm.checkpoint.choose import find
+from megatron_rocm.checkpoint.remote.store import require
+from megatron_rocm.config.address import is_remote
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
 from megatron_rocm.launch.lock import PATIENCE
@@ -26,7 +28,7 @@ def folders(run: RunConfig) -> None:
     """Create the folders this run writes to. Raises UsageError for the first that can't be written."""
     named = (
         ("LOG_DIR", run.launch.log_dir),
-        ("SAVE_CKPT_PATH", run.checkpoint.save),
+        ("LOCAL_CKPT_PATH" if is_remote(run.checkpoint.save) else "SAVE_CKPT_PATH", run.checkpoint.folder),
         ("DATA_CACHE_PATH", run.data.cache_path if run.data.paths else None),
     )
     for variable, folder in named:
@@ -39,7 +41,12 @@ def check(run: RunConfig) -> None:
     for module, way_out in NEEDED:
         if not _importable(module):
             raise UsageError(f"the Python package {module} is missing: {way_out}")
-    find(run)
+    remote = {"SAVE_CKPT_PATH": run.checkpoint.save, "LOAD_CKPT_PATH": run.checkpoint.load}
+    remote = {variable: address for variable, address in remote.items() if is_remote(address)}
+    for variable, address in remote.items():
+        require(variable, str(address))
+    if not remote:  # or else what is there is known when the store is asked, by the run's own processes
+        find(run)
     if run.launch.node_rank == 0:
         check_port(run.launch.master_port)
 

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 import megatron_rocm
+from megatron_rocm.config.address import is_remote
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
 from megatron_rocm.launch import preflight, torchrun
@@ -63,8 +64,9 @@ def _locks(run: RunConfig) -> list[Lock]:
     if rank != 0:  # SAVE_CKPT_PATH is node 0's to hold, as it is shared; so may LOG_DIR be
         return [Lock(Path(run.launch.log_dir), "LOG_DIR", f"{NAME}_node{rank}")]
     named = {Path(run.launch.log_dir).resolve(): "LOG_DIR"}
-    if run.checkpoint.save:
-        named.setdefault(Path(run.checkpoint.save).resolve(), "SAVE_CKPT_PATH")
+    if run.checkpoint.folder:
+        variable = "LOCAL_CKPT_PATH" if is_remote(run.checkpoint.save) else "SAVE_CKPT_PATH"
+        named.setdefault(Path(run.checkpoint.folder).resolve(), variable)
     return [Lock(folder, variable) for folder, variable in named.items()]
 
 
@@ -145,6 +147,11 @@ class _Agent:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
+        signal.signal(signal.SIGUSR1, self._save)
+
+    def _save(self, number: int, frame: FrameType | None) -> None:
+        if self.process.returncode is None:
+            os.kill(self.process.pid, number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self.stopped_by = not self.stopped_by, self.stopped_by or number
@@ -175,6 +182,6 @@ def _ending(run: RunConfig, status: int, again: str, started: float) -> list[str
         # The trainer has said where it stopped; what was typed is known here alone.
         return ["to go on:", f"  {again}"] if told.get("outcome") == "stopped" and told["checkpoint"] else []
     lines = [f"training ended with exit status {status}; log: {log_file(run)}"]
-    if run.checkpoint.save and (Path(run.checkpoint.save) / "latest_checkpointed_iteration.txt").is_file():
+    if run.checkpoint.folder and (Path(run.checkpoint.folder) / "latest_checkpointed_iteration.txt").is_file():
         lines += ["to go on from the last checkpoint:", f"  {again}"]
     return lines

@@ -3,7 +3,8 @@
     python -m megatron_rocm.launch.torchrun <torchrun's own arguments>
 
 torchrun's own answer to SIGTERM is a traceback, status 1 and the workers' death after 30 s, whatever they are saving.
-Here SIGTERM, SIGINT and SIGHUP reach the workers once, and the agent waits for them however long they take.
+Here SIGTERM, SIGINT and SIGHUP reach the workers once, and the agent waits for them however long they take; SIGUSR1,
+which asks for a save, is handed on as well.
 The agent runs in a thread of its own: there torch installs no handlers of its own, in any of its versions, and a
 signal is answered even while the agent waits for other nodes inside C++.
 """
@@ -50,10 +51,14 @@ class Stop:
         self._last = -SAME_SIGNAL
 
     def install(self) -> None:
-        """Handle SIGTERM and SIGINT; SIGHUP too unless it is ignored, as under nohup."""
+        """Handle SIGUSR1, SIGTERM and SIGINT; SIGHUP too unless it is ignored, as under nohup."""
+        signal.signal(signal.SIGUSR1, self._save)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
+
+    def _save(self, number: int, frame: FrameType | None) -> None:
+        self._send([pid for pid in children() if _catches(pid, number)], number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -166,6 +171,16 @@ def children() -> list[int]:
         except FileNotFoundError:
             continue
     return found
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for the signal (proc(5), SigCgt): one that has just begun would die of it."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            mask = next(int(line.split()[1], 16) for line in file if line.startswith("SigCgt:"))
+    except (FileNotFoundError, StopIteration):
+        return False
+    return bool(mask >> (number - 1) & 1)
 
 
 class _quiet:

@@ -46,10 +46,20 @@ def lean_imports() -> Iterator[None]:
 
 def begin() -> None:
     """This process is a worker that has begun; the parts before it are known from the launcher, if there was one."""
-    mine = born()
+    launcher, torchrun = _launched()
+    _marks[:] = [("", launcher), ("launcher", torchrun), ("torchrun", max(born(), torchrun))]
+
+
+def run_born() -> float:
+    """When the run that this process is of was started: its launcher, or this process where there is none."""
+    return _launched()[0]
+
+
+def _launched() -> tuple[float, float]:
+    """When the launcher was started, and when it started torchrun."""
     words = os.environ.get(CLOCK, "").split()
-    launcher, torchrun = (float(word) for word in words) if len(words) == 2 else (mine, mine)
-    _marks[:] = [("", launcher), ("launcher", torchrun), ("torchrun", max(mine, torchrun))]
+    mine = born()
+    return (float(words[0]), float(words[1])) if len(words) == 2 else (mine, mine)
 
 
 def done(part: str) -> None:

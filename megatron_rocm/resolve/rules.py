@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rocm.config.changes import unknown_names
 from megatron_rocm.config.presets import Preset
 from megatron_rocm.errors import UsageError
 from megatron_rocm.plan.memory import layers_per_chunk
@@ -101,6 +103,10 @@ class Rule:
 
 def always(draft: Draft) -> bool:
     return True
+
+
+def _same_folder(one: str | None, other: str | None) -> bool:
+    return bool(one and other) and os.path.realpath(one or "") == os.path.realpath(other or "")
 
 
 def _divisors(number: int, most: int = 64) -> Iterator[int]:
@@ -259,6 +265,18 @@ RULES = (
     Rule(("NAN_POLICY", "SPIKE_POLICY", "SAVE_CKPT_PATH"), lambda d: d["NAN_POLICY"] == "rollback" or d["SPIKE_POLICY"] == "rollback" and d["SPIKE_FACTOR"] > 0,
          lambda d: bool(d["SAVE_CKPT_PATH"]),
          "NAN_POLICY={NAN_POLICY}, SPIKE_POLICY={SPIKE_POLICY}: a rollback goes to this run's last checkpoint; set SAVE_CKPT_PATH"),
+    Rule(("SAVE_KEEP_LAST", "SAVE_KEEP_EVERY"), lambda d: d["SAVE_KEEP_EVERY"], lambda d: bool(d["SAVE_KEEP_LAST"]),
+         "SAVE_KEEP_EVERY={SAVE_KEEP_EVERY} is what stays besides the last SAVE_KEEP_LAST checkpoints, and without that all do; set it"),
+    Rule(("FINETUNE", "LOAD_CKPT_PATH"), lambda d: d["FINETUNE"], lambda d: bool(d["LOAD_CKPT_PATH"]),
+         "FINETUNE=1: weights to begin with are read from LOAD_CKPT_PATH; set it"),
+    Rule(("NO_LOAD_OPTIM", "LOAD_CKPT_PATH"), lambda d: d["NO_LOAD_OPTIM"], lambda d: bool(d["LOAD_CKPT_PATH"]),
+         "NO_LOAD_OPTIM=1 is about what is read from LOAD_CKPT_PATH; set it, or leave NO_LOAD_OPTIM out"),
+    Rule(("FINETUNE", "NO_LOAD_OPTIM", "SAVE_CKPT_PATH", "LOAD_CKPT_PATH"), lambda d: d["FINETUNE"] or d["NO_LOAD_OPTIM"],
+         lambda d: not _same_folder(d["SAVE_CKPT_PATH"], d["LOAD_CKPT_PATH"]),
+         "FINETUNE={FINETUNE}, NO_LOAD_OPTIM={NO_LOAD_OPTIM} with SAVE_CKPT_PATH and LOAD_CKPT_PATH one folder: the run would "
+         "resume what it finds there; give it a SAVE_CKPT_PATH of its own"),
+    Rule(("ALLOW_CHANGE",), lambda d: bool(d["ALLOW_CHANGE"]), lambda d: not unknown_names(d["ALLOW_CHANGE"]),
+         "ALLOW_CHANGE: {fault}", lambda d: {"fault": unknown_names(d["ALLOW_CHANGE"])}),
     Rule(("MIN_LOSS_SCALE", "INITIAL_LOSS_SCALE"), lambda d: d["PRECISION"] == "fp16" and d["LOSS_SCALE"] is None,
          lambda d: d["MIN_LOSS_SCALE"] <= d["INITIAL_LOSS_SCALE"],
          "MIN_LOSS_SCALE={MIN_LOSS_SCALE} is above INITIAL_LOSS_SCALE={INITIAL_LOSS_SCALE}, where the scale begins: set it lower"),

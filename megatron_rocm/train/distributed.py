@@ -62,6 +62,11 @@ def connect(run: RunConfig) -> None:
     )
 
 
+def store() -> dist.Store:
+    """Where the processes met: what one sets there all can read, from any thread."""
+    return _store[0]
+
+
 def first_to_say(message: str) -> bool:
     """Whether this rank is to print the message: one of those that have it, or one per node where none is connected."""
     if _store:

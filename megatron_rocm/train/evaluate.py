@@ -23,9 +23,9 @@ def validation_loss(run: RunConfig, state: State, dataset: Dataset[Any]) -> tupl
     total = 0.0
     with evaluating(state):
         for done in range(1, run.logging.eval_iters + 1):
-            loss, stop = mean_loss(forward(run, state.model, batches))
+            loss, asked = mean_loss(forward(run, state.model, batches))
             total += loss
-            if stop:
+            if asked.stop:
                 return total / done, True
     return total / run.logging.eval_iters, False
 

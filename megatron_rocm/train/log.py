@@ -60,10 +60,11 @@ class Log:
         self.unlogged: list[tuple[float, Result]] = []  # (seconds, what it came to) of the steps since the last line
         self.samples, self.seconds = 0, 0.0  # measured ones: without the first step, which warms up
 
-    def say(self, text: str) -> None:
-        """One line of text; nothing where there is none."""
-        if self.speaks and text:
-            print(text, flush=True)
+    def say(self, *texts: str) -> None:
+        """A line of each text; nothing where there is none."""
+        for text in texts:
+            if self.speaks and text:
+                print(text, flush=True)
 
     def step(self, state: State, result: Result, seconds: float) -> None:
         """A step is done; it took so many seconds."""

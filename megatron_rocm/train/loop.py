@@ -12,14 +12,16 @@ from megatron.core.optimizer import get_megatron_optimizer
 from torch.utils.data import Dataset
 
 from megatron_rocm.checkpoint.load import resume
+from megatron_rocm.checkpoint.remote import resume as remote
+from megatron_rocm.checkpoint.save import Saver, saving
 from megatron_rocm.checkpoint.save import prepare as prepare_folder
-from megatron_rocm.checkpoint.save import save
 from megatron_rocm.checkpoint.state import State
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.data import datasets
 from megatron_rocm.errors import UsageError
 from megatron_rocm.model.build import build_model, optimizer_config
 from megatron_rocm.platform import startup
+from megatron_rocm.train import signals
 from megatron_rocm.train.batches import micro_batches
 from megatron_rocm.train.curve import draw
 from megatron_rocm.train.evaluate import validation_loss
@@ -59,37 +61,65 @@ def train(run: RunConfig) -> Outcome:
     state = build(run)
     prepare(run, state)
     startup.done("model and optimizer")
-    if run.checkpoint.save:
-        prepare_folder(run)
-    checkpoint = resume(run, state)
+    shared = prepare_folder(run) if run.checkpoint.save else True
+    remote.bring(run, shared)
+    begun = resume(run, state)
+    checkpoint = begun.path
     start, last = state.iteration, run.training.train_iters
     log = Log(run, start)
     startup.done("checkpoint and log")
-    log.say(f"going on after iteration {start} from {checkpoint}" if checkpoint else "starting from initial weights")
+    log.say(*begun.notes)
     if start >= last:
         log.say(f"nothing to do: {start} of {last} iterations are trained. Set TOTAL_ITERS higher to go on")
         return Outcome("finished", start, checkpoint)
 
+    if log.speaks:  # one clock decides for all
+        signals.watch(run.checkpoint, startup.run_born())
+    with remote.sending(run, shared) as after, saving(run, shared=shared, after=after) as saver:
+        _steps(run, state, train_data, valid_data, log, saver)
+    if saver:
+        log.say(*saver.news())
+        checkpoint = saver.newest or checkpoint
+    log.close()
+    if log.speaks and state.iteration > start:
+        draw(log.folder / METRICS, log.folder / CURVE, run.model.title)
+    if state.iteration < last:
+        log.say(how_to_go_on(run, state))
+        return Outcome("stopped", state.iteration, checkpoint)
+    return Outcome("finished", state.iteration, checkpoint)
+
+
+def _steps(
+    run: RunConfig,
+    state: State,
+    train_data: Dataset[Any],
+    valid_data: Dataset[Any] | None,
+    log: Log,
+    saver: Saver | None,
+) -> None:
+    """Train to the last step, or until asked to stop, and save that; the last save may still be under way then."""
     stop = False
-    evaluated = saved = start
-    if valid_data and start == 0:
+    evaluated = saved = state.iteration
+    if valid_data and state.iteration == 0:
         stop = evaluate(run, state, valid_data, log)
         startup.done("evaluation")
     batches = open_batches(run, state, train_data)
     rollbacks = 0
     gc.disable()  # collected between steps: a rank that collects within one keeps all others waiting
-    while state.iteration < last and not stop:
+    while state.iteration < run.training.train_iters and not stop:
         began = time.perf_counter()
         result = train_step(run, state, batches)
         log.step(state, result, time.perf_counter() - began)
         startup.done("first step")
-        log.say(startup.told())
-        stop = result.stop
+        log.say(startup.told(), *(saver.news() if saver else ()))
+        stop = result.asked.stop
         if result.fault:
             try:
                 log.say(told(state, result.fault, result.updated))
                 if result.fault.policy == "rollback":
                     rollbacks += 1
+                    if saver:
+                        saver.wait()
                     saved = evaluated = roll_back(run, state, result.fault, rollbacks)
                     log.rewind(state)
                     batches = open_batches(run, state, train_data)
@@ -100,25 +130,18 @@ def train(run: RunConfig) -> Outcome:
         if valid_data and not stop and state.iteration % run.logging.eval_interval == 0:
             evaluated = state.iteration
             stop = evaluate(run, state, valid_data, log)
-        if run.checkpoint.save and state.iteration % run.checkpoint.save_interval == 0:
-            saved, checkpoint, rollbacks = state.iteration, save(run, state), 0
-            log.say(f"saved {checkpoint}")
+        if saver and saver.is_due(state, result.asked):
+            signals.saving()
+            saver.save(state)
+            saved, rollbacks = state.iteration, 0
         if state.iteration % 100 == 0:
             gc.collect()
 
     gc.enable()
-    if run.checkpoint.save and saved != state.iteration:
-        checkpoint = save(run, state)
-        log.say(f"saved {checkpoint}")
+    if saver and saved != state.iteration:
+        saver.save(state)
     if valid_data and not stop and evaluated != state.iteration:
         evaluate(run, state, valid_data, log)
-    log.close()
-    if log.speaks and state.iteration > start:
-        draw(log.folder / METRICS, log.folder / CURVE, run.model.title)
-    if state.iteration < last:
-        log.say(how_to_go_on(run, state))
-        return Outcome("stopped", state.iteration, checkpoint)
-    return Outcome("finished", state.iteration, checkpoint)
 
 
 def open_data(run: RunConfig) -> tuple[Dataset[Any], Dataset[Any] | None]:
@@ -192,7 +215,7 @@ def roll_back(run: RunConfig, state: State, fault: Fault, times: int) -> int:
             f"last checkpoint and came no further ({policy}), so it ends; the checkpoint is untouched. Try a lower LR"
         )
     with state.whole_parameters():
-        checkpoint = resume(run, state)
+        checkpoint = resume(run, state).path
     if not checkpoint:
         raise Diverged(
             f"iteration {state.iteration}: {fault.what}. There is no checkpoint yet to go back to ({policy}), so "

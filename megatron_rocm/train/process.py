@@ -17,6 +17,8 @@ from megatron_rocm.platform import startup
 from megatron_rocm.platform.process import die_with_parent, write_whole_lines
 
 STATUS = "status.json"
+# What a run that does not end well is called there, by what it raised.
+ENDED = {"UsageError": "refused", "Diverged": "diverged", "SaveFailed": "unsaved"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,6 +52,7 @@ def work(run: RunConfig) -> int:
         from megatron_rocm.platform import cpu
 
         on_cpu = cpu.install()
+        from megatron_rocm.checkpoint.save import SaveFailed
         from megatron_rocm.train import distributed
         from megatron_rocm.train.loop import Diverged, train
 
@@ -62,11 +65,11 @@ def work(run: RunConfig) -> int:
         distributed.form_groups(run)
         startup.done("rendezvous")
         end = train(run)
-    except (UsageError, Diverged) as error:
+    except (UsageError, Diverged, SaveFailed) as error:
         usage = isinstance(error, UsageError)
         if distributed.first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        write_status(run, {"outcome": "refused" if usage else "diverged", "message": str(error)})
+        write_status(run, {"outcome": ENDED[type(error).__name__], "message": str(error)})
         return 2 if usage else 1
     write_status(
         run,

@@ -22,6 +22,7 @@ from megatron_rocm.train import culprit, faults, ramp, signals
 from megatron_rocm.train.batches import Batch, Recorded
 from megatron_rocm.train.faults import Fault
 from megatron_rocm.train.fused import clipped
+from megatron_rocm.train.signals import Asked
 
 Batches = Sequence[Iterator[Batch] | None]
 Losses = list[dict[str, torch.Tensor]]  # of this rank's micro batches: sums over tokens and their count
@@ -33,7 +34,7 @@ class Result(NamedTuple):
     loss: float  # mean over all tokens of the global batch, nats
     grad_norm: float  # before clipping; NaN where the update was left out before it was known
     learning_rate: float  # that the update used
-    stop: bool  # a rank was asked to stop
+    asked: Asked  # what any rank was asked for
     batch_size: int  # sequences over all ranks
     loss_scale: float = 1.0  # of the step to come
     updated: bool = True  # False: weights, moments and schedule are as before
@@ -68,7 +69,7 @@ def train_step(run: RunConfig, state: State, batches: Batches) -> Result:
     size = ramp.batch_size(training, state.consumed_samples)
     recorded = [None if one is None else Recorded(one) for one in batches]
     losses = _gradients(run, state, recorded)
-    loss, stop = mean_loss(losses)
+    loss, asked = mean_loss(losses)
     fault = faults.of_loss(training, state.recent_losses, loss)
     if fault:
         fault = _with_place(run, state, recorded, losses, fault)
@@ -87,10 +88,10 @@ def train_step(run: RunConfig, state: State, batches: Batches) -> Result:
     state.iteration += 1
     state.consumed_samples += size
     state.recent_losses = faults.remember(training, state.recent_losses, loss)
-    return Result(loss, grad_norm, learning_rate, stop, size, loss_scale(optimizer), updated, fault)
+    return Result(loss, grad_norm, learning_rate, asked, size, loss_scale(optimizer), updated, fault)
 
 
-def forward_backward(run: RunConfig, state: State, batches: Batches) -> tuple[float, bool]:
+def forward_backward(run: RunConfig, state: State, batches: Batches) -> tuple[float, Asked]:
     """Gradients of the next global batch, reduced and divided by its tokens; the answer is `mean_loss`'s.
 
     Neither weights nor `state` change: the update is still to come.
@@ -146,19 +147,19 @@ def forward(run: RunConfig, model: list[torch.nn.Module], batches: Batches) -> L
         return _schedule(run, model, batches, run.training.num_micro_batches, forward_only=True)
 
 
-def mean_loss(losses: Losses) -> tuple[float, bool]:
-    """(mean loss over all tokens of the global batch, whether a rank was asked to stop), the same on every rank.
+def mean_loss(losses: Losses) -> tuple[float, Asked]:
+    """(mean loss over all tokens of the global batch, what any rank was asked for), the same on every rank.
 
     Sums are added up exactly, so that the mean does not depend on how the tokens are spread.
     """
     counts = mpu.is_pipeline_last_stage(ignore_virtual=True) and mpu.get_tensor_model_parallel_rank() == 0
-    total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    total = torch.zeros(4, dtype=torch.float64, device=torch.cuda.current_device())
     if counts:
         total[:2] = torch.stack([micro["lm loss"].double() for micro in losses]).sum(0)
-    total[2] = signals.received()
+    total[2:] = torch.tensor(signals.asked(), dtype=torch.float64)
     dist.all_reduce(total)
-    loss_sum, tokens, stop = total.tolist()
-    return loss_sum / max(tokens, 1.0), stop > 0
+    loss_sum, tokens, stop, save = total.tolist()
+    return loss_sum / max(tokens, 1.0), Asked(stop > 0, save > 0)
 
 
 def _schedule(

@@ -11,7 +11,8 @@ from support import ROOT, execute, losses, tiny_run
 
 from megatron_rocm.checkpoint.convert.torch_dist import TorchDist
 from megatron_rocm.checkpoint.folder import latest
-from megatron_rocm.checkpoint.shards import MASTER, MASTERS, STATE, boxes
+from megatron_rocm.checkpoint.keys import MASTER, MASTERS, STATE
+from megatron_rocm.checkpoint.shards import boxes
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.train.adam_state import steps_in
 

@@ -97,8 +97,8 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
     for file in (tmp_path / "damaged" / path.name).glob("*.distcp"):
         os.truncate(file, 1000)
     starts = {
-        "of another model: hidden_size 64 there, 128 here": tiny_run(tmp_path / "wider", hidden_size=128, **save),
-        "can't be read": tiny_run(tmp_path / "again", load=str(tmp_path / "damaged")),
+        "of another run: HIDDEN_SIZE 64 → 128": tiny_run(tmp_path / "wider", hidden_size=128, **save),
+        "No whole one is left": tiny_run(tmp_path / "again", load=str(tmp_path / "damaged")),
     }
     for expected, run in starts.items():
         text = execute(run, status=2)

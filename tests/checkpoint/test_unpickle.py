@@ -1,12 +1,21 @@
+import argparse
+import enum
+import io
 import os
 import pickle
+import random
+import signal
+import sys
+import types
 
+import numpy
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter, load, save
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_rocm.checkpoint.unpickle import read_metadata
+from megatron_rocm.checkpoint import reader
+from megatron_rocm.checkpoint.unpickle import Inert, read_common, read_metadata, read_saved
 from megatron_rocm.errors import UsageError
 
 
@@ -48,6 +57,60 @@ def test_damage_is_said_in_one_message(tmp_path, content):
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(UsageError, match=r"\.metadata: not the metadata"):
         read_metadata(tmp_path)
+
+
+def saved(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return file
+
+
+def test_reads_what_a_run_saves():
+    state = {"random": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state(), "x": None}
+    read = read_saved(saved(state), "rng_state")
+    assert read["random"] == state["random"] and torch.equal(read["torch"], state["torch"])
+    assert read["numpy"][0] == "MT19937" and (read["numpy"][1] == state["numpy"][1]).all()
+
+
+def test_reads_arguments_and_stands_in_for_classes_that_are_not_asked_for(monkeypatch):
+    class Kind(enum.Enum):
+        FLASH = 1
+
+    module = types.ModuleType("megatron.training.kinds")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    module.Kind, Kind.__module__, Kind.__qualname__ = Kind, module.__name__, "Kind"
+    arguments = argparse.Namespace(kind=Kind.FLASH, signal=signal.SIGTERM, dtype=torch.bfloat16, lr=0.1)
+    file = saved({"args": arguments})
+    monkeypatch.delitem(sys.modules, module.__name__)
+    read = read_saved(file, "common.pt")["args"]
+    assert (read.signal, read.dtype, read.lr) == (signal.SIGTERM, torch.bfloat16, 0.1)
+    assert isinstance(read.kind, Inert) and repr(read.kind) == "Kind(1,)"
+
+
+@pytest.mark.parametrize("call", [os.system, os.mkdir, eval, getattr])
+def test_an_object_calls_nothing(tmp_path, call):
+    """Neither in common.pt nor among a checkpoint's objects, which torch's own planner reads by a plain unpickler."""
+    trap = tmp_path / "sprung"
+    argument = {os.system: f"touch {trap}", os.mkdir: str(trap), eval: f"open({str(trap)!r}, 'w')"}.get(call, "")
+    evil = {"iteration": 3, "x": Malicious(call, argument)}
+    torch.save(evil, tmp_path / "common.pt")
+    with pytest.raises(UsageError, match="common.pt: it names (posix|nt|builtins|__builtin__)"):
+        read_common(tmp_path)
+    save(
+        {"a": torch.ones(2), "rng_state/shard_0_1": evil["x"]}, storage_writer=FileSystemWriter(tmp_path), no_dist=True
+    )
+    planner, target = reader._Planner(), {"a": torch.zeros(2), "rng_state/shard_0_1": io.BytesIO()}
+    with pytest.raises(CheckpointException, match="rng_state/shard_0_1: it names"):
+        load(target, storage_reader=FileSystemReader(tmp_path), planner=planner, no_dist=True)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", pickle.dumps({"a": 1}), saved({"a": 1}).getvalue()[:200]])
+def test_a_damaged_archive_is_said_in_one_message(tmp_path, content):
+    (tmp_path / "common.pt").write_bytes(content)
+    with pytest.raises(UsageError, match=r"common\.pt: not what torch\.save writes, or damaged"):
+        read_common(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path):

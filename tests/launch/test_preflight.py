@@ -49,7 +49,7 @@ def test_a_port_that_a_killed_run_still_holds_is_waited_for() -> None:
 @pytest.mark.parametrize("variable", ["save", "load"])
 def test_a_checkpoint_that_is_not_there_is_told(tmp_path: Path, variable: str) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("100")
-    with pytest.raises(UsageError, match="names iteration 100, but .*iter_0000100 is missing"):
+    with pytest.raises(UsageError, match="iter_0000100 is damaged: the folder is missing"):
         preflight.check(tiny_run(**{variable: str(tmp_path)}))
 
 

@@ -65,6 +65,15 @@ def test_a_stop_saves_and_says_how_to_go_on(tmp_path: Path, whom: str) -> None:
     assert f"SAVE_CKPT_PATH={tmp_path}/ckpt" in command and command.endswith("examples/llama/train_llama3.sh")
 
 
+def test_sigusr1_is_handed_on(tmp_path: Path) -> None:
+    process = launched(tmp_path, "60")
+    until(process, "is up", 2)
+    os.kill(process.pid, signal.SIGUSR1)
+    until(process, "is to save", 2)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+
+
 def test_a_failure_names_status_and_log(tmp_path: Path) -> None:
     process = launched(tmp_path, "0.1", "--fail", "0=5")
     output = process.communicate(timeout=60)[0]

@@ -51,6 +51,17 @@ def test_a_signal_reaches_each_worker_once_and_the_agent_ends_with_0(number: int
     assert "one more signal kills" not in output
 
 
+def test_sigusr1_reaches_each_worker_and_the_run_goes_on() -> None:
+    process = agent("60")
+    until(process, "is up", 2)
+    process.send_signal(signal.SIGUSR1)
+    until(process, "is to save", 2)
+    assert process.poll() is None
+    process.terminate()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and output.count("saved after 1 signals") == 2, output
+
+
 @pytest.mark.slow
 def test_a_save_longer_than_torchruns_grace_of_30_s_survives() -> None:
     process = agent("60", "--save", "32")

@@ -21,6 +21,7 @@ options = parser.parse_args()
 rank = os.environ["RANK"]
 signals: list[int] = []
 signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+signal.signal(signal.SIGUSR1, lambda number, frame: print(f"rank {rank} is to save"))
 
 if options.spam:
     time.sleep(2 - time.time() % 2)  # all ranks at once

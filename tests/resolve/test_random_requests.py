@@ -40,6 +40,7 @@ SENSIBLE |= {
     "RAMPUP_BATCH_SIZE": st.sampled_from(["8 8 100", "16,16,1000", "1 1 0"]),
     "LR_DECAY_STYLE": st.sampled_from(["cosine", "linear", "constant", "WSD"]),
     "LR_WSD_DECAY_STYLE": st.sampled_from(["exponential", "linear", "cosine", "minus_sqrt"]),
+    "ALLOW_CHANGE": st.sampled_from(["SEED", "SEED,DATA_PATH", "LR"]),
     "NAN_POLICY": st.sampled_from(["warn", "skip", "stop", "rollback"]),
     "SPIKE_POLICY": st.sampled_from(["warn", "skip", "stop", "rollback"]),
     "OPTIMIZER_OFFLOAD_FRACTION": st.sampled_from(["0.5", "1"]),
