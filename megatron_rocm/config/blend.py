@@ -6,9 +6,9 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_rocm.config.yaml_file import read_yaml
 from megatron_rocm.errors import UsageError
 
 # Weight and prefix of each source. No weights: every token as often as any other.
@@ -113,27 +113,8 @@ def require_shares(weights: Sequence[float], prefixes: Sequence[str], where: str
 
 
 def _of_file(file: str, key: str) -> Paths:
-    import yaml
-
     where = f"{key}={file}"
-
-    class Loader(yaml.SafeLoader):
-        """Of two lines for one prefix yaml keeps the last and says nothing."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            names = [name.value for name, _ in node.value]
-            for number, name in enumerate(names):
-                if name in names[:number]:
-                    line = node.value[number][0].start_mark.line + 1
-                    raise UsageError(f"{where}: line {line}: {name} is named twice; name it once")
-            return super().construct_mapping(node, deep)
-
-    try:
-        content = yaml.load(Path(file).expanduser().read_text(), Loader)
-    except OSError as error:
-        raise UsageError(f"{where}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(file, where)
     if not isinstance(content, Mapping):
         return _of_value(content, where)
     named = {str(name).replace("-", "_"): value for name, value in content.items()}

@@ -11,7 +11,6 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -24,6 +23,7 @@ from megatron_rocm.config.blend import parse as parse_paths
 from megatron_rocm.config.others import OTHERS
 from megatron_rocm.config.schema import variables
 from megatron_rocm.config.variable import Variable
+from megatron_rocm.config.yaml_file import read_yaml
 from megatron_rocm.errors import UsageError
 
 # A secret on a command line is readable by every user of the machine.
@@ -114,16 +114,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def _yaml(file: str) -> list[tuple[str, str, str]]:
     """The keys of one YAML file as (name, text, origin)."""
-    import yaml
-
     if not file.endswith((".yaml", ".yml")):
         raise UsageError(f"{file}: neither KEY=VALUE nor a .yaml file")
-    try:
-        content = yaml.safe_load(Path(file).read_text()) or {}
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(file, file) or {}
     if not isinstance(content, dict) or any(isinstance(value, (dict, list)) for value in content.values()):
         raise UsageError(f"{file}: expected one `KEY: value` a line")
     return [

@@ -108,3 +108,10 @@ def test_command_can_be_typed_and_keeps_secrets_out():
     )
     line = request.command(NNODES=2)
     assert line == "MODEL_SIZE=405 LOG_DIR='a b' NCCL_DEBUG=INFO NNODES=2 bash examples/llama/train_llama3.sh"
+
+
+def test_a_key_that_comes_twice_in_a_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("TP: 2\nPP: 2\nTP: 4\n")
+    with pytest.raises(UsageError, match=f"^{file}: line 3: TP is named twice"):
+        read("llama3", [str(file)], {})
