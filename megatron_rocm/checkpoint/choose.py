@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_rocm.checkpoint import manifest
-from megatron_rocm.checkpoint.folder import TRACKER, WHOLE, checkpoint_path, iteration_of
+from megatron_rocm.checkpoint.folder import PARTIAL, TRACKER, WHOLE, checkpoint_path, iteration_of
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
 
@@ -29,7 +30,8 @@ def candidates(run: RunConfig) -> Choice:
     """
     save, load = run.checkpoint.folder, run.checkpoint.source
     if save and (choice := newest_first(save)).paths:
-        return choice._replace(resumes=True)
+        unread = f"LOAD_CKPT_PATH={run.checkpoint.load} is not read: SAVE_CKPT_PATH holds checkpoints to go on from"
+        return choice._replace(resumes=True, notes=(*choice.notes, *[unread] * bool(load and load != save)))
     if not load:
         return Choice()
     if is_one(Path(load)):
@@ -45,8 +47,9 @@ def candidates(run: RunConfig) -> Choice:
 
 
 def is_one(path: Path) -> bool:
-    """Whether a folder is one checkpoint's own, whole or not, and not one of checkpoints."""
-    return (path / WHOLE).is_file() or (path.is_dir() and iteration_of(path) >= 0)
+    """Whether a folder is one checkpoint's own, damaged or not: none of checkpoints, nor one that is being written."""
+    named = os.path.isdir(path) and iteration_of(path) >= 0
+    return named or (os.path.isfile(path / WHOLE) and not path.name.endswith(PARTIAL))
 
 
 def newest_first(root: str | Path) -> Choice:
@@ -80,15 +83,17 @@ def flaws(path: Path) -> list[str]:
     Raises UsageError for one in Megatron-LM's older format.
     """
     _refuse_legacy(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return ["the folder is missing"]
-    if not any(path.iterdir()):
-        return ["the folder is empty"]
-    missing = [f"{name} is missing" for name in PARTS if not (path / name).is_file()]
     try:
+        if not any(path.iterdir()):
+            return ["the folder is empty"]
+        missing = [f"{name} is missing" for name in PARTS if not (path / name).is_file()]
         return missing or manifest.faults(path, full=False)
     except UsageError as error:
         return [str(error)]
+    except OSError as error:
+        return [f"the folder can't be read: {error.strerror}"]
 
 
 def find(run: RunConfig) -> Path | None:
@@ -124,7 +129,7 @@ def none_whole(wrong: list[str]) -> str:
 
 def _refuse_legacy(path: Path) -> None:
     for folder in (path, *path.glob("iter_*"), path / RELEASE):
-        if any(folder.glob("mp_rank_*")):
+        if os.path.isdir(folder) and any(folder.glob("mp_rank_*")):
             raise UsageError(
                 f"{folder} is in Megatron-LM's `torch` format, which only its own trainer reads, in one layout: "
                 "load it there and save it with --ckpt-format torch_dist"

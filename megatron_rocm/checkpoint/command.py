@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -104,7 +106,7 @@ def _one(root: Path, iteration: int | None) -> Path:
     if iteration is not None:
         path = root if iteration_of(root) == iteration else checkpoint_path(root, iteration)
         if path not in folders:
-            there = ", ".join(str(iteration_of(path)) for path in folders)
+            there = ", ".join(str(number) if (number := iteration_of(of)) >= 0 else of.name for of in folders)
             raise UsageError(f"{root}: no checkpoint of iteration {iteration}; there is {there}")
         return path
     for path in (*(path for path in choose.newest_first(root).paths if path in folders), *reversed(folders)):
@@ -114,18 +116,22 @@ def _one(root: Path, iteration: int | None) -> Path:
 
 
 def _entry(path: Path) -> Entry:
-    files = [file for file in path.rglob("*") if file.is_file()]
-    stats = [file.stat() for file in files] or [path.stat()]
-    saved = datetime.datetime.fromtimestamp(max(stat.st_mtime for stat in stats)).isoformat(" ", "seconds")
+    files, saved = [], None
+    for file in (path, *path.rglob("*")):
+        with contextlib.suppress(OSError):  # a link to nowhere; or a run is removing it just now
+            found = file.stat()
+            saved = max(saved or 0, found.st_mtime)
+            files += [found.st_size] if stat.S_ISREG(found.st_mode) else []
     number = iteration_of(path)
     try:
         named = (path.parent / TRACKER).read_text().strip()
     except (OSError, UnicodeDecodeError):
         named = ""
     faults = choose.flaws(path)
+    time = datetime.datetime.fromtimestamp(saved).isoformat(" ", "seconds") if saved else None
+    latest = bool(named) and named in (str(number), path.name)
     return Entry(
-        str(path), number if number >= 0 else None, saved, sum(stat.st_size for stat in stats) if files else 0,
-        len(files), bool(named) and named in (str(number), path.name), not faults, faults,
+        str(path), number if number >= 0 else None, time, sum(files), len(files), latest, not faults, faults
     )  # fmt: skip
 
 

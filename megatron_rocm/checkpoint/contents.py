@@ -18,6 +18,7 @@ from megatron_rocm.checkpoint.convert.torch_dist import TorchDist
 from megatron_rocm.checkpoint.keys import STATE
 from megatron_rocm.checkpoint.unpickle import read_common, read_metadata
 from megatron_rocm.config.changes import changes
+from megatron_rocm.errors import UsageError
 
 # Of the saved configuration: what is shown of each section, by the names of its fields.
 SHOWN = {
@@ -140,25 +141,31 @@ def told(a: Path, b: Path, found: Mapping[str, list[str]]) -> list[str]:
     return lines if any(found.values()) else [*lines, "no difference"]
 
 
-def structural_faults(path: Path) -> list[str]:
+def structural_faults(path: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is wrong with a checkpoint that has no manifest: parts that its files lack, or whose own checksums differ.
 
-    Every byte of the tensors is read. Raises UsageError where `.metadata` or `common.pt` can't be read.
+    Every byte of `common.pt` and of the tensors is read, or with `share` (k, n) of every nth part from the k-th on.
     """
-    read_common(path)
+    places: list[tuple[str, str, int, int | None]] = [("it", "common.pt", 0, None)]
+    try:
+        read_common(path)
+        stored = read_metadata(path).storage_data
+    except UsageError as error:
+        return [str(error)]
+    places += [(index.fqn, place.relative_path, place.offset, place.length) for index, place in stored.items()]
     found = []
-    for index, place in read_metadata(path).storage_data.items():
-        file = path / Path(place.relative_path).name
+    for what, name, offset, length in places[share[0] :: share[1]]:
+        file = path / name
         try:
             with file.open("rb") as opened:
-                opened.seek(place.offset)
-                part = opened.read(place.length)
-            if len(part) != place.length:
-                found.append(f"{file.name} ends within {index.fqn}")
+                opened.seek(offset)
+                part = opened.read(length)
+            if length is not None and len(part) != length:
+                found.append(f"{file.name} ends within {what}")
             elif damaged := zipfile.ZipFile(io.BytesIO(part)).testzip():
-                found.append(f"{file.name}: {index.fqn} is not as it was written: the checksum of {damaged} differs")
+                found.append(f"{file.name}: {what} is not as it was written: the checksum of {damaged} differs")
         except FileNotFoundError:
             found.append(f"{file.name} is missing")
-        except (OSError, zipfile.BadZipFile) as error:
-            found.append(f"{file.name}: {index.fqn} can't be read: {error}")
+        except Exception as error:  # a damaged archive raises anything
+            found.append(f"{file.name}: {what} can't be read: {error}")
     return sorted(set(found))

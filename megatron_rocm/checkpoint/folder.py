@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from megatron_rocm.checkpoint import manifest, phases
@@ -35,7 +35,7 @@ def iteration_of(path: Path) -> int:
 def is_whole(path: Path) -> bool:
     """Whether all files that the checkpoint's manifest names are there in their sizes; Megatron-LM's have none."""
     try:
-        return (path / WHOLE).is_file() and not manifest.faults(path, full=False)
+        return os.path.isfile(path / WHOLE) and not manifest.faults(path, full=False)
     except UsageError:
         return False
 
@@ -91,7 +91,7 @@ def place(partial: Path, final: Path) -> None:
     """
     root = final.parent
     if final.exists():
-        if _named(root / TRACKER) == iteration_of(final):
+        if named(root / TRACKER) == iteration_of(final):
             others = [path for path in checkpoints(root) if path != final]
             set_latest(root, iteration_of(others[-1])) if others else (root / TRACKER).unlink()
         remove(final)
@@ -102,8 +102,8 @@ def place(partial: Path, final: Path) -> None:
     set_latest(root, iteration_of(final))
 
 
-def _named(file: Path) -> int:
-    """The iteration that the file names; -1 where it names none."""
+def named(file: Path) -> int:
+    """The iteration that a tracker or `SENDING` names; -1 where it names none."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):
@@ -122,19 +122,26 @@ def surplus(root: str | Path, keep_last: int, keep_every: int, whole: Callable[[
     """Whole checkpoints but for the last `keep_last`, and those of every `keep_every`th step (0: none is kept for its
     step).
 
-    Never among them are the one that the tracker names, the one that is on its way to a remote store, and with
-    `keep_last` 0 any. Damaged ones are not counted, so that a whole one is always left, nor among them.
+    Never among them are the one that the tracker names, as many before it as are kept (where a run has gone back, newer
+    ones are of a course that it has left), the one that is on its way to a remote store, and with `keep_last` 0 any.
+    Damaged ones are not counted, so that a whole one is always left, nor among them.
     """
     if not keep_last:
         return []
     root = Path(root)
-    spared = {_named(root / TRACKER), _named(root / SENDING)}
-    old = checkpoints(root, whole)[:-keep_last]
-    return [
-        path
-        for path in old
-        if not (keep_every and iteration_of(path) % keep_every == 0) and iteration_of(path) not in spared
-    ]
+    found = {iteration_of(path): path for path in checkpoints(root, whole)}
+    latest = named(root / TRACKER)
+    stay = kept(found, keep_last, keep_every, latest) | {latest, named(root / SENDING)}
+    return [path for iteration, path in found.items() if iteration not in stay]
+
+
+def kept(found: Collection[int], last: int, every: int, latest: int) -> set[int]:
+    """Those of the iterations that SAVE_KEEP_LAST and SAVE_KEEP_EVERY keep, where the tracker names `latest`; `last` 0
+    keeps all."""
+    if not last:
+        return set(found)
+    newest, course = sorted(found)[-last:], sorted(one for one in found if one <= latest)[-last:]
+    return {*newest, *course, *(one for one in found if every and one % every == 0)}
 
 
 def prune(root: str | Path, keep_last: int, keep_every: int, whole: Callable[[Path], bool] = is_whole) -> list[Path]:

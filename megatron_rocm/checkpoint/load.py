@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 
 from megatron_rocm.checkpoint import choose, manifest, megatron_lm, reader, state
 from megatron_rocm.checkpoint.choose import Choice
+from megatron_rocm.checkpoint.contents import structural_faults
 from megatron_rocm.checkpoint.keys import MASTERS, STATE
 from megatron_rocm.checkpoint.state import RNG, SHARDS, State
 from megatron_rocm.checkpoint.unpickle import read_common, read_metadata
@@ -23,6 +24,7 @@ from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
 
 LAYOUT = ("tp", "pp", "vpp", "cp", "dp")
+EMBEDDING = "embedding.word_embeddings.weight"
 T = TypeVar("T")
 
 
@@ -58,7 +60,7 @@ def resume(run: RunConfig, training: State) -> Start:
     if path is None:
         return Start(notes=("starting from initial weights",))
     if manifest.read(path) is None:
-        notes.append(f"{path} has no {manifest.MANIFEST}, so its bytes can't be compared with what was written")
+        notes.append(f"{path} has no {manifest.MANIFEST}: checked by the checksums within its files")
     common = megatron_lm.with_position(read_common(path), path)
     saved = _configuration(common, path)
     take = _Take.of(run, common, resumes=choice.resumes)
@@ -66,21 +68,28 @@ def resume(run: RunConfig, training: State) -> Start:
     same_layout = all(saved.get("parallel", {}).get(size) == getattr(run.parallel, size) for size in LAYOUT)
     stored = read_metadata(path).state_dict_metadata
     wanted = state.sharded(training, stored, common.get("content_metadata"))
-    _gathered(lambda: _lacking(wanted, stored, path, take))
+    _gathered(lambda: _lacking(wanted, stored, path, take, run.model.vocab_size))
     loaded = _read(path, lambda: _load(path, common, wanted, take, with_rng=same_layout and take.position))
+    _read(path, lambda: _restore(training, loaded, take, *_batches(run, saved)))
+    if not take.position:
+        notes.append(f"starting at iteration 0 and the first sample with the weights of {path}")
+    else:
+        notes += ["the optimizer begins anew"] * (not take.optimizer)
+        notes.append(f"going on after iteration {training.iteration} from {path}")
+    return Start(path, tuple(notes))
+
+
+def _restore(training: State, loaded: dict[str, Any], take: _Take, batch: int, batch_now: int) -> None:
+    """Take over what has been loaded, and begin with what has not."""
     state.restore_weights(training, loaded)
     if take.optimizer:
         state.restore_optimizer(training, loaded)
     else:
         state.forget_optimizer(training)
-        notes += ["the optimizer begins anew"] * take.position
     if take.position:
-        state.restore_position(training, loaded, *_batches(run, saved))
-        notes.append(f"going on after iteration {training.iteration} from {path}")
+        state.restore_position(training, loaded, batch, batch_now)
     else:
         state.begin(training)
-        notes.append(f"starting at iteration 0 and the first sample with the weights of {path}")
-    return Start(path, tuple(notes))
 
 
 def _together(find: Callable[[], Choice]) -> Choice:
@@ -135,7 +144,14 @@ def _damage(run: RunConfig, path: Path) -> list[str]:
         ranks = run.parallel.gpus_per_node
         rank %= ranks
     found = _gathered(lambda: choose.flaws(path) if rank == 0 else [])
-    return found or _gathered(lambda: manifest.faults(path, full=True, share=(rank, ranks)))
+    return found or _gathered(lambda: _unlike(path, (rank, ranks)))
+
+
+def _unlike(path: Path, share: tuple[int, int]) -> list[str]:
+    """Which of a share of its bytes are not as they were written, by its manifest or else its files' own checksums."""
+    if manifest.read(path) is not None:
+        return manifest.faults(path, full=True, share=share)
+    return structural_faults(path, share)
 
 
 def _gathered(find: Callable[[], list[str]]) -> list[str]:
@@ -168,13 +184,16 @@ def _batches(run: RunConfig, saved: Mapping[str, Any]) -> tuple[int, int]:
     return saved.get("training", {}).get("global_batch_size", now), now
 
 
-def _lacking(wanted: Mapping[str, Any], stored: Collection[str], path: Path, take: _Take) -> list[str]:
+def _lacking(wanted: Mapping[str, Any], stored: Mapping[str, Any], path: Path, take: _Take, words: int) -> list[str]:
     """Optimizer state that the checkpoint lacks. Raises UsageError for a weight, and where that state is wanted."""
     lacking = [tensor.key for tensor in wanted[SHARDS].values() if tensor.key not in stored]
     weights = [*_keys(state.weights_in(wanted)), *(key for key in lacking if not _is_moment(key))]
     missing = [key for key in weights if key not in stored and f"{key}_w" not in stored]
     if missing:
         raise UsageError(f"{path} holds no {missing[0]}: it is not of this model, or not of a Llama")
+    rows = stored[EMBEDDING].size[0] if EMBEDDING in stored else words  # padding comes and goes
+    if rows < words:
+        raise UsageError(f"{path} has a vocabulary of {rows} words at most, and this run's VOCAB_SIZE is {words}")
     if take.optimizer and lacking:
         raise UsageError(
             f"{path} holds no {lacking[0]}: its optimizer's state is missing, or in a form that only the layout which "

@@ -42,8 +42,10 @@ def read(folder: str | Path) -> dict[str, File] | None:
         return None
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UsageError(f"{path} is damaged: it does not say which files the checkpoint has") from None
+    if not files:
+        raise UsageError(f"{path} is damaged: it names no file")
     if not all(_sound(name, file) for name, file in files.items()):
         raise UsageError(f"{path} is damaged: it names a file outside its folder, or a size or checksum is none")
     return files

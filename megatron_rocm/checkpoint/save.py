@@ -45,7 +45,7 @@ from megatron_rocm.checkpoint.phases import mark
 from megatron_rocm.checkpoint.state import State, metadata, sharded
 from megatron_rocm.config.address import is_remote
 from megatron_rocm.config.schema import RunConfig
-from megatron_rocm.errors import UsageError
+from megatron_rocm.errors import EndsAllRanks, UsageError
 from megatron_rocm.platform.disk import sync_file, sync_folder
 from megatron_rocm.train.signals import Asked
 
@@ -58,7 +58,7 @@ After = Callable[[Path, Sequence[str]], None]
 _savers = itertools.count()  # the same on all ranks: names a Saver's messages in the store
 
 
-class SaveFailed(Exception):
+class SaveFailed(EndsAllRanks):
     """Checkpoints can't be written, so the run ends; the message says why."""
 
 

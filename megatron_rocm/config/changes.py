@@ -81,6 +81,7 @@ ROWS = (
 )  # fmt: skip
 
 SET = {variable.name for variable in variables()}  # what people set; the rest follows from it
+VERDICTS = {name: row.verdict for row in ROWS for name in row.names}
 ALLOWABLE = tuple(sorted(name for row in ROWS if row.verdict == ASK for name in row.names))
 
 
@@ -158,6 +159,8 @@ def _listed(found: list[Changed]) -> str:
 def unknown_names(allowed: Collection[str]) -> str:
     """What is wrong with the names given to ALLOW_CHANGE; empty where nothing is."""
     for name in allowed:
+        if name in VERDICTS and name not in ALLOWABLE:
+            return f"a change of {name} " + ("is refused" if VERDICTS[name] == NEVER else "needs no word")
         if name not in ALLOWABLE:
             close = difflib.get_close_matches(name.upper(), ALLOWABLE, n=1, cutoff=0.5)
             nearest = f"did you mean {close[0]}?" if close else f"it takes {', '.join(ALLOWABLE)}"

@@ -105,8 +105,12 @@ def always(draft: Draft) -> bool:
     return True
 
 
-def _same_folder(one: str | None, other: str | None) -> bool:
-    return bool(one and other) and os.path.realpath(one or "") == os.path.realpath(other or "")
+def _loads_its_own(save: str | None, load: str | None) -> bool:
+    """Whether LOAD_CKPT_PATH is SAVE_CKPT_PATH, or one checkpoint in it."""
+    if not save or not load:
+        return False
+    there = os.path.realpath(load)
+    return os.path.realpath(save) in (there, os.path.dirname(there))
 
 
 def _divisors(number: int, most: int = 64) -> Iterator[int]:
@@ -272,8 +276,8 @@ RULES = (
     Rule(("NO_LOAD_OPTIM", "LOAD_CKPT_PATH"), lambda d: d["NO_LOAD_OPTIM"], lambda d: bool(d["LOAD_CKPT_PATH"]),
          "NO_LOAD_OPTIM=1 is about what is read from LOAD_CKPT_PATH; set it, or leave NO_LOAD_OPTIM out"),
     Rule(("FINETUNE", "NO_LOAD_OPTIM", "SAVE_CKPT_PATH", "LOAD_CKPT_PATH"), lambda d: d["FINETUNE"] or d["NO_LOAD_OPTIM"],
-         lambda d: not _same_folder(d["SAVE_CKPT_PATH"], d["LOAD_CKPT_PATH"]),
-         "FINETUNE={FINETUNE}, NO_LOAD_OPTIM={NO_LOAD_OPTIM} with SAVE_CKPT_PATH and LOAD_CKPT_PATH one folder: the run would "
+         lambda d: not _loads_its_own(d["SAVE_CKPT_PATH"], d["LOAD_CKPT_PATH"]),
+         "FINETUNE={FINETUNE}, NO_LOAD_OPTIM={NO_LOAD_OPTIM} with LOAD_CKPT_PATH in SAVE_CKPT_PATH: the run would "
          "resume what it finds there; give it a SAVE_CKPT_PATH of its own"),
     Rule(("ALLOW_CHANGE",), lambda d: bool(d["ALLOW_CHANGE"]), lambda d: not unknown_names(d["ALLOW_CHANGE"]),
          "ALLOW_CHANGE: {fault}", lambda d: {"fault": unknown_names(d["ALLOW_CHANGE"])}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +14,12 @@ from torch.utils.data import Dataset
 
 from megatron_rocm.checkpoint.load import resume
 from megatron_rocm.checkpoint.remote import resume as remote
-from megatron_rocm.checkpoint.save import Saver, saving
+from megatron_rocm.checkpoint.save import SaveFailed, Saver, saving
 from megatron_rocm.checkpoint.save import prepare as prepare_folder
 from megatron_rocm.checkpoint.state import State
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.data import datasets
-from megatron_rocm.errors import UsageError
+from megatron_rocm.errors import EndsAllRanks, UsageError
 from megatron_rocm.model.build import build_model, optimizer_config
 from megatron_rocm.platform import startup
 from megatron_rocm.train import signals
@@ -37,7 +38,7 @@ CURVE = "loss.png"
 MOST_ROLLBACKS = 3  # to one checkpoint
 
 
-class Diverged(Exception):
+class Diverged(EndsAllRanks):
     """A fault of a step ends the run; the message says which and where."""
 
 
@@ -71,12 +72,14 @@ def train(run: RunConfig) -> Outcome:
     log.say(*begun.notes)
     if start >= last:
         log.say(f"nothing to do: {start} of {last} iterations are trained. Set TOTAL_ITERS higher to go on")
+        with remote.sending(run, shared):  # what an earlier run could not send
+            pass
         return Outcome("finished", start, checkpoint)
 
     if log.speaks:  # one clock decides for all
         signals.watch(run.checkpoint, startup.run_born())
     with remote.sending(run, shared) as after, saving(run, shared=shared, after=after) as saver:
-        _steps(run, state, train_data, valid_data, log, saver)
+        _steps(run, state, train_data, valid_data, log, saver, shared)
     if saver:
         log.say(*saver.news())
         checkpoint = saver.newest or checkpoint
@@ -96,8 +99,12 @@ def _steps(
     valid_data: Dataset[Any] | None,
     log: Log,
     saver: Saver | None,
+    shared: bool,
 ) -> None:
-    """Train to the last step, or until asked to stop, and save that; the last save may still be under way then."""
+    """Train to the last step, or until asked to stop, and save that; the last save may still be under way then.
+
+    `shared`: whether all nodes see the same folder of checkpoints.
+    """
     stop = False
     evaluated = saved = state.iteration
     if valid_data and state.iteration == 0:
@@ -120,11 +127,17 @@ def _steps(
                     rollbacks += 1
                     if saver:
                         saver.wait()
+                    if not shared:  # a node's folder has its own part of what was saved, and not the others'
+                        remote.bring(run, shared)
                     saved = evaluated = roll_back(run, state, result.fault, rollbacks)
                     log.rewind(state)
                     batches = open_batches(run, state, train_data)
                     continue
             except Diverged:
+                if saver:  # the last good state, which may still be on its way to disk
+                    with suppress(SaveFailed):
+                        saver.wait()
+                    log.say(*saver.news())
                 log.close_sinks()
                 raise
         if valid_data and not stop and state.iteration % run.logging.eval_interval == 0:

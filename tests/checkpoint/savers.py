@@ -7,14 +7,16 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_rocm.checkpoint import parts
+from megatron_rocm.checkpoint import parts, save
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.platform import startup
 from megatron_rocm.train import loop, signals
+from megatron_rocm.train.faults import Fault
 
 steps_done = threading.Semaphore(0)
 write, train_step = parts.write, loop.train_step
@@ -46,6 +48,20 @@ def late(path: Path, *rest: Any) -> parts.Written:
     if path.parent.name.startswith("iter_0000003"):
         for _ in range(5):
             steps_done.acquire()
+    return write(path, *rest)
+
+
+def diverges(step: int) -> None:
+    """The fifth step's loss is not finite."""
+    if step == 4:
+        loop.train_step = lambda *rest: train_step(*rest)._replace(fault=Fault("nan", "stop", "the lm loss is nan"))
+
+
+def until_it_diverges(path: Path, *rest: Any) -> parts.Written:
+    """Writes the third step's while the run is ending."""
+    for _ in range(4):
+        steps_done.acquire()
+    time.sleep(2)
     return write(path, *rest)
 
 
@@ -88,10 +104,11 @@ if __name__ == "__main__":
     signals.install()
     if how == "clock":
         clock(0)
-    if how in ("asked", "clock", "late"):
-        before_step({"asked": asked, "clock": clock}.get(how, lambda step: None))
-    if how in ("late", "refused"):
-        parts.write = {"late": late, "refused": refused}[how]
+    if how in ("asked", "clock", "late", "diverges"):
+        before_step({"asked": asked, "clock": clock, "diverges": diverges}.get(how, lambda step: None))
+    if how in ("late", "refused", "diverges"):
+        parts.write = {"late": late, "refused": refused, "diverges": until_it_diverges}[how]
+    save.PATIENCE = 0.0
     from megatron_rocm.train.process import main
 
     sys.exit(main(["--config", path]))

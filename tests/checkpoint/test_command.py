@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from support import execute, tiny_run
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_rocm.checkpoint.folder import TRACKER
 from megatron_rocm.cli import main
@@ -58,6 +60,13 @@ def test_ls(saved: Path, capsys: Capsys) -> None:
     assert "damaged: common.pt is missing" in text and "whole, latest" in text and "next run removes it" in text
 
 
+def test_a_link_to_nowhere(saved: Path, capsys: Capsys) -> None:
+    (saved / "iter_0000009").symlink_to(saved / "nothing")
+    entry = told(capsys, "ls", str(saved))["checkpoints"][-1]
+    assert (entry["saved"], entry["files"], entry["faults"]) == (None, 0, ["the folder is missing"])
+    assert main(["checkpoint", "ls", str(saved)]) == 0
+
+
 def test_ls_of_an_address(saved: Path, capsys: Capsys) -> None:
     next((saved / "iter_0000002").glob("*.distcp")).unlink()
     found = told(capsys, "ls", f"file://{saved}")["checkpoints"]
@@ -93,6 +102,20 @@ def test_verify(saved: Path, capsys: Capsys) -> None:
     assert [entry["whole"] for entry in found] == [True, True, False, True, True]
     assert found[2]["faults"] == [f"{file.name} is not as it was written: its checksum differs"]
     assert told(capsys, "verify", str(saved), "--iteration", "4")["checkpoints"][0]["whole"]
+
+
+def test_verify_without_a_manifest(saved: Path, capsys: Capsys) -> None:
+    """By the files' own checksums, those of common.pt too; and whatever is wrong with one, all are looked at."""
+    for iteration in range(1, 6):
+        (saved / f"iter_000000{iteration}" / "manifest.json").unlink()
+    common = saved / "iter_0000002" / "common.pt"
+    common.write_bytes(common.read_bytes().replace(b"megatron_fsdp", b"megatron_fsdq"))
+    content = Metadata(state_dict_metadata={}, storage_data={"a": 1})  # type: ignore[dict-item]
+    (saved / "iter_0000003" / ".metadata").write_bytes(pickle.dumps(content))
+    found = told(capsys, "verify", str(saved), status=1)["checkpoints"]
+    assert [entry["whole"] for entry in found] == [True, False, False, True, True]
+    assert found[1]["faults"][0].startswith("common.pt: it is not as it was written")
+    assert "not the metadata of a checkpoint, or damaged" in found[2]["faults"][0]
 
 
 def test_diff(saved: Path, tmp_path: Path, capsys: Capsys) -> None:

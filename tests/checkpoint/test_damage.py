@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from support import execute, losses, tiny_run
 from megatron_rocm.checkpoint import choose
 from megatron_rocm.checkpoint.folder import TRACKER, checkpoint_path
 from megatron_rocm.cli import main
+from megatron_rocm.errors import UsageError
 
 STEPS = {"train_iters": 6, "save_interval": "2"}
 
@@ -56,6 +58,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a file cut off": (lambda folder: os.truncate(shard(folder), 1000), "distcp has 1000 bytes instead of"),
     "no .metadata": (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
     "an empty folder": (empty, "the folder is empty"),
+    "a flipped byte, and no manifest": (
+        lambda folder: (flip(shard(folder)), (folder / "manifest.json").unlink()),
+        "is not as it was written: the checksum of",
+    ),
     "a manifest of zeros": (
         lambda folder: (folder / "manifest.json").write_bytes(bytes(9)),
         "manifest.json is damaged",
@@ -72,7 +78,7 @@ def test_a_fault_is_told(saved: Path, capsys: pytest.CaptureFixture[str], fault:
     assert told in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fault", ["a flipped byte", "a missing file", "an empty folder"])
+@pytest.mark.parametrize("fault", ["a flipped byte", "a flipped byte, and no manifest", "an empty folder"])
 def test_the_newest_is_damaged(saved: Path, trained: Path, tmp_path: Path, fault: str) -> None:
     """It is told and skipped, training goes on exactly from the one before, and it is saved anew."""
     damage, told = FAULTS[fault]
@@ -118,6 +124,39 @@ def test_the_tracker_names_another(saved: Path) -> None:
     (saved / TRACKER).write_text("5")
     assert [path.name for path in choose.newest_first(saved).paths] == ["iter_0000005", "iter_0000004", "iter_0000002"]
     assert choose.find(tiny_run(save=str(saved))) == checkpoint_path(saved, 4)
+
+
+def test_one_that_may_not_be_read(saved: Path) -> None:
+    """Passed over, kept, and told like any other; root may read anything unless it gives that up."""
+    checkpoint_path(saved, 6).chmod(0)
+    words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
+    if os.getuid():
+        words = []
+    elif subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("can't give up what root may")
+    code = (
+        "import sys; from megatron_rocm.cli import main; from megatron_rocm.checkpoint import folder\n"
+        "print(main(['checkpoint', 'ls', sys.argv[1]]), main(['checkpoint', 'prune', sys.argv[1]]))\n"
+        "print(*folder.checkpoints(sys.argv[1]))"
+    )
+    try:
+        text = subprocess.check_output([*words, sys.executable, "-c", code, str(saved)], text=True)
+    finally:
+        checkpoint_path(saved, 6).chmod(0o755)
+    assert "damaged: the folder can't be read: Permission denied, latest" in text
+    assert "\n0 0\n" in text and text.endswith(f"{saved}/iter_0000004\n") and checkpoint_path(saved, 6).is_dir()
+
+
+def test_one_that_is_being_written_is_none(saved: Path) -> None:
+    partial = checkpoint_path(saved, 6).rename(saved / "iter_0000006.partial")
+    with pytest.raises(UsageError, match="there is no checkpoint"):
+        choose.find(tiny_run(load=str(partial)))
+
+
+def test_what_is_not_read_is_told(saved: Path) -> None:
+    other = str(saved / "iter_0000002")
+    assert "is not read" in choose.candidates(tiny_run(save=str(saved), load=other)).notes[0]
+    assert not choose.candidates(tiny_run(save=str(saved), load=str(saved))).notes
 
 
 @pytest.fixture

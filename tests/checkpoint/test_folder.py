@@ -88,6 +88,14 @@ def test_retention(tmp_path: Path, keep_last: int, keep_every: int, left: list[i
     assert not list(tmp_path.glob(f"*{PARTIAL}"))
 
 
+def test_retention_where_a_run_has_gone_back(tmp_path: Path) -> None:
+    """Newer ones, of a course that it has left, don't count instead of those before the one named."""
+    whole(tmp_path, 10, 20, 30, 40, 50)
+    set_latest(tmp_path, 30)
+    prune(tmp_path, 2, 0)
+    assert [iteration_of(path) for path in checkpoints(tmp_path)] == [20, 30, 40, 50]
+
+
 def test_retention_spares_the_only_whole_one_and_what_is_being_sent(tmp_path: Path) -> None:
     whole(tmp_path, 10, 20, 30)
     for iteration in (20, 30):

@@ -49,6 +49,8 @@ def test_faults(folder: Path) -> None:
     [
         "",
         "{}",
+        "[" * 10**5,
+        '{"files": {}}',
         '{"files": {"a": {"size": 1}}}',
         '{"files": {"a": 5}}',
         json.dumps({"files": {"../a": {"size": 1, "digest": "sha256:00"}}}),

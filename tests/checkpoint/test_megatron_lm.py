@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import ROOT, execute, losses, tiny_run, train_all
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM
 
 from megatron_rocm.checkpoint.megatron_lm import configuration
 from megatron_rocm.cli import main
@@ -74,9 +79,37 @@ def test_what_does_not_fit(saved: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "only the layout which wrote it reads" in text and "NO_LOAD_OPTIM=1" in text and "FINETUNE=1" in text
     text = execute(tiny_run(tmp_path / "b", load=str(saved / "none"), hidden_size=128), status=2)
     assert "is of another run: HIDDEN_SIZE 64 → 128" in text
+    larger = tiny_run(tmp_path / "c", load=str(saved / "none"), finetune=True, vocab_size=600, padded_vocab_size=640)
+    assert "a vocabulary of 512 words at most, and this run's VOCAB_SIZE is 600" in execute(larger, status=2)
     assert main(["checkpoint", "show", str(saved / "plain")]) == 0
     told = capsys.readouterr().out
     assert "Megatron-LM" in told and "iteration 3, 12 samples consumed" in told
+
+
+def test_export_to_hugging_face(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With all rows of the embedding, or those that a tokenizer has ids for."""
+    whole = AutoModelForCausalLM.from_pretrained(exported(saved / "plain", tmp_path / "whole"))
+    assert whole.config.rope_parameters["factor"] == 8.0 and whole.config.vocab_size == 512
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, 300)}}, "w2"))
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer/tokenizer.json"))
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(words))
+    out = exported(saved / "plain", tmp_path / "cut", "--tokenizer", str(tmp_path / "tokenizer"))
+    cut = AutoModelForCausalLM.from_pretrained(out)
+    assert (cut.config.vocab_size, cut.config.eos_token_id) == (300, 1) and (out / "tokenizer.json").is_file()
+    for name, weight in cut.state_dict().items():
+        assert torch.equal(weight, whole.state_dict()[name][: len(weight)])
+    release = shutil.copytree(saved / "plain/iter_0000003", tmp_path / "root/release").parent
+    (release / "latest_checkpointed_iteration.txt").write_text("release")
+    assert (exported(release, tmp_path / "released") / "model.safetensors").is_file()
+    main(["convert", "megatron-to-hf", str(saved / "none"), str(tmp_path / "verified"), "--verify"])
+    assert "the two sides agree at all" in capsys.readouterr().out
+
+
+def exported(checkpoint: Path, out: Path, *options: str) -> Path:
+    assert main(["convert", "megatron-to-hf", str(checkpoint), str(out), "--no-verify", *options]) == 0
+    return out
 
 
 def test_a_flipped_byte_is_found_by_the_files_own_checksums(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

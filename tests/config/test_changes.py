@@ -96,4 +96,6 @@ def test_fields_that_another_version_lacks_are_no_change() -> None:
 def test_names_are_checked() -> None:
     assert not unknown_names(ALLOWABLE)
     assert unknown_names(("sedd",)).endswith("did you mean SEED?")
-    assert "it takes BLEND_BY" in unknown_names(("LR",))
+    assert "it takes BLEND_BY" in unknown_names(("*",))
+    assert unknown_names(("SEED", "LR")) == "a change of LR needs no word"
+    assert unknown_names(("NUM_LAYERS",)) == "a change of NUM_LAYERS is refused"

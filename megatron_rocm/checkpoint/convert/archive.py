@@ -85,7 +85,7 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
         }
         if (module, name) not in known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which weights never need")
+            raise UsageError(f"{self._file.path}: it names {module}.{name}, which weights never need: it is not read")
         return known[module, name]
 
     def persistent_load(self, identity: Any) -> _Storage:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_rocm.config.address import is_remote
+from megatron_rocm.config.address import is_remote, shown
 from megatron_rocm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -93,17 +93,20 @@ def convert(
     verify: bool | None = None,
 ) -> int:
     """Convert, say what was written, and compare both sides. The exit status of the command. Raises UsageError."""
+    local = (destination,) if reads == "megatron" else (source, destination)
+    if there := next((one for one in local if is_remote(one)), None):
+        raise UsageError(f"convert: {shown(there)}: only a checkpoint to read may be in a remote store; name a folder")
     threading.Thread(target=_begin_to_read, args=(source,), daemon=True).start()
     options: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "overwrite": overwrite, "verify": verify}
     if reads == "megatron" and is_remote(source):
         from megatron_rocm.checkpoint.convert.remote import fetched
 
-        with fetched(source, iteration, Path(destination).absolute()) as opened:
+        with fetched(source, iteration, Path(destination).absolute(), tokenizer) as opened:
             return finish(opened, writes, destination, **options)
     if reads == "megatron":
         from megatron_rocm.checkpoint.convert.from_megatron import FromMegatron
 
-        return finish(FromMegatron(source, iteration), writes, destination, **options)
+        return finish(FromMegatron(source, iteration, tokenizer=tokenizer), writes, destination, **options)
     if reads == "meta":
         from megatron_rocm.checkpoint.convert.from_meta import FromMeta
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_rocm.checkpoint.folder import WHOLE, iteration_of
 from megatron_rocm.errors import UsageError
 from megatron_rocm.platform.disk import sync_folder
 
 
 @contextmanager
-def new_folder(out: Path, size: int, *, overwrite: bool, ours: Callable[[Path], str]) -> Iterator[Path]:
+def new_folder(out: Path, size: int, *, source: Path, overwrite: bool, ours: Callable[[Path], str]) -> Iterator[Path]:
     """A folder to fill, which becomes `out` where the block ends well and is removed where not.
 
-    `size` is how many bytes it will at least hold. `ours` says what keeps an existing folder from being replaced with
-    `overwrite`, or nothing. Raises UsageError for an existing destination and for every OSError of the block.
+    `size` is how many bytes it will at least hold, `source` the folder that is read meanwhile. `ours` says what keeps
+    an existing folder from being replaced with `overwrite`, or nothing. Raises UsageError for an existing destination
+    and for every OSError of the block.
     """
-    out = out.absolute()
-    _refuse(out, overwrite, ours)
+    out = Path(os.path.realpath(out))
+    _refuse(out, Path(os.path.realpath(source)), overwrite, ours)
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
@@ -38,11 +41,17 @@ def new_folder(out: Path, size: int, *, overwrite: bool, ours: Callable[[Path], 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _refuse(out: Path, overwrite: bool, ours: Callable[[Path], str]) -> None:
+def _refuse(out: Path, source: Path, overwrite: bool, ours: Callable[[Path], str]) -> None:
+    if inside := next((path for path in out.parents if iteration_of(path) >= 0 and (path / WHOLE).is_file()), None):
+        raise UsageError(f"{out} lies in a checkpoint, {inside}, and would go when that does: choose another folder")
+    if os.path.ismount(out) or out == Path.cwd():
+        raise UsageError(f"{out} can't be replaced, as it is mounted or the current folder: name a folder in it")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
         raise UsageError(f"{out} exists and is not empty: choose another folder, or replace it with --overwrite")
+    if source == out or out in source.parents:
+        raise UsageError(f"{out} holds the source, {source}, and would replace it: choose another folder")
     if reason := ours(out):
         raise UsageError(f"{out} is {reason}: --overwrite replaces no other")
 

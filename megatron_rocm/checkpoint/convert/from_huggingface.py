@@ -13,7 +13,7 @@ from megatron_rocm.checkpoint.convert import archive, huggingface
 from megatron_rocm.checkpoint.convert.mapped import Mapped
 from megatron_rocm.checkpoint.convert.safetensors import Safetensors
 from megatron_rocm.checkpoint.convert.source import DTYPES
-from megatron_rocm.checkpoint.convert.table import Weight
+from megatron_rocm.checkpoint.convert.table import Weight, without_place
 from megatron_rocm.errors import UsageError
 
 
@@ -49,6 +49,7 @@ class _Bin:
         self.file.ahead(found.data_ptr() - self.file.address, found.nbytes)
 
 
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # The file, the index where there are several, and how one is opened: in order of preference.
 FORMS = (
     ("model.safetensors", "model.safetensors.index.json", Safetensors),
@@ -65,6 +66,22 @@ class FromHuggingFace:
         self._config = huggingface.read_config(self.folder)
         self.model = huggingface.model_of(self._config, self.folder / "config.json")
         self._files = self._open()
+        self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        """Nothing is left out in silence."""
+        names = {name for file in set(self._files.values()) for name in file.names}
+        if self.model.tied_embeddings and {TABLE, HEAD} <= self._files.keys():
+            names.remove(HEAD)
+            if not torch.equal(self._file(HEAD).tensor(HEAD), self._file(TABLE).tensor(TABLE)):
+                raise UsageError(
+                    f"{self.folder}: {HEAD} is not {TABLE}, and config.json ties them: with "
+                    '"tie_word_embeddings": false in it both are converted'
+                )
+        if others := without_place(names, self.model, "hugging_face"):
+            raise UsageError(
+                f"{self.folder}: {others}: config.json is of another model, or its weights are more than a Llama's"
+            )
 
     def _open(self) -> dict[str, Any]:
         """The opened files by the names of the tensors in them."""

@@ -1,15 +1,21 @@
-"""A checkpoint of a run, in whatever layout it trained, or a converted one, as the source of a conversion."""
+"""A checkpoint of a run, in whatever layout it trained, or a converted one, as the source of a conversion.
+
+The run may have been Megatron-LM's own.
+"""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_rocm.checkpoint import megatron_lm
+from megatron_rocm.checkpoint.choose import RELEASE
 from megatron_rocm.checkpoint.convert import huggingface
-from megatron_rocm.checkpoint.convert.table import Weight, weights
+from megatron_rocm.checkpoint.convert.table import ROWS, Weight, weights
 from megatron_rocm.checkpoint.convert.to_megatron import DESCRIPTION
 from megatron_rocm.checkpoint.convert.torch_dist import TorchDist
 from megatron_rocm.checkpoint.folder import TRACKER, WHOLE, checkpoint_path, latest
@@ -31,6 +37,8 @@ def iteration_folder(checkpoint_dir: str | Path, iteration: int | None = None) -
     root = Path(checkpoint_dir)
     if iteration is None and (root / WHOLE).is_file():
         return root
+    if iteration is None and (root / RELEASE / WHOLE).is_file():
+        return root / RELEASE  # Megatron-LM's tracker names no iteration then
     if iteration is None and (path := latest(root)):
         return path
     there = ", ".join(sorted(path.name for path in root.glob("iter_*") if (path / WHOLE).is_file()))
@@ -45,13 +53,18 @@ def iteration_folder(checkpoint_dir: str | Path, iteration: int | None = None) -
 
 
 class FromMegatron:
-    """The weights in one `iter_…` folder. A Source. `run` is None of a converted one, which no run has made."""
+    """The weights in one `iter_…` folder. A Source. `run` is None where no run of ours has made it."""
 
-    def __init__(self, checkpoint_dir: str | Path, iteration: int | None = None) -> None:
-        """Raises UsageError for a source that is none, and where it does not hold the configuration of a run."""
+    def __init__(
+        self, checkpoint_dir: str | Path, iteration: int | None = None, *, tokenizer: str | None = None
+    ) -> None:
+        """Megatron-LM's checkpoints don't tell which rows of the embedding pad it: those beyond `tokenizer`'s ids.
+
+        Raises UsageError for a source that is none, and where it does not hold the configuration of a run.
+        """
         self.folder = iteration_folder(checkpoint_dir, iteration)
-        self.model, self.run = _configuration(self.folder)
         self._checkpoint = TorchDist(self.folder)
+        self.model, self.run = self._configuration(tokenizer)
 
     @property
     def files(self) -> set[str]:
@@ -74,15 +87,19 @@ class FromMegatron:
         """As the model came that this one began from; else what its run says."""
         origin = self._origin()
         bos, copied = None, False
+        eos = self.run.data.eod if self.run else None
         if self.run and (tokenizer or self.run.data.tokenizer_model):
             bos, copied = huggingface.copy_tokenizer(self.run, tokenizer, folder), True
+        elif tokenizer and not origin:
+            huggingface.copy_tokenizer_files(Path(tokenizer), folder)
+            told = huggingface.tokenizer_info(tokenizer)
+            bos, eos = told.bos, told.eod
         if origin:
             if not copied:
                 huggingface.copy_tokenizer_files(Path(tokenizer) if tokenizer else origin, folder)
             huggingface.copy_description(origin, folder, huggingface.read_config(origin), dtype)
             return
-        assert self.run  # what has none has an origin
-        eos, name = self.run.data.eod, str(dtype).removeprefix("torch.")
+        name = str(dtype).removeprefix("torch.")
         config = huggingface.llama_config(self.model, dtype=name, bos=bos, eos=eos)
         huggingface.write_json(folder / huggingface.CONFIG, config)
         huggingface.write_json(folder / huggingface.GENERATION, huggingface.generation_config(bos, eos))
@@ -90,7 +107,8 @@ class FromMegatron:
     def _origin(self) -> Path | None:
         """The description that a converted checkpoint has with it: this one, or the one its run began from."""
         if self.run is None:
-            return self.folder / DESCRIPTION
+            there = self.folder / DESCRIPTION
+            return there if there.is_dir() else None
         began = self.run.checkpoint.load
         if not began or is_remote(began):
             return None
@@ -102,20 +120,35 @@ class FromMegatron:
             return None
         return folder if same else None
 
+    def _configuration(self, tokenizer: str | None) -> tuple[Model, RunConfig | None]:
+        common = read_common(self.folder)
+        try:
+            if isinstance(args := common.get("args"), Namespace) and "run" not in common:
+                return self._of_megatron_lm(args, tokenizer), None
+            if common.get("weights_only"):
+                return Model.model_validate(common["run"]["model"]), None
+            run = RunConfig.model_validate({**common["run"], "launch": NO_LAUNCH})
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{self.folder / 'common.pt'}: does not hold the configuration of a run ({huggingface.reason(error)})"
+            ) from error
+        return run.model, run
+
+    def _of_megatron_lm(self, args: Namespace, tokenizer: str | None) -> Model:
+        rows = self._checkpoint.rows(ROWS[0].megatron)
+        ids = huggingface.tokenizer_info(tokenizer).vocab_size if tokenizer else rows
+        if ids > rows:
+            raise UsageError(f"--tokenizer {tokenizer}: has {ids:,} ids; {self.folder} has rows for {rows:,}")
+        shape = megatron_lm.configuration(args, self.folder)["model"]
+        scaled = shape.pop("rope_scaling", False)
+        factor = float(getattr(args, "rope_scaling_factor", 8.0)) if scaled else None
+        rest = {
+            "max_position_embeddings": getattr(args, "max_position_embeddings", None) or args.seq_length,
+            "init_std": getattr(args, "init_method_std", 0.02),
+        }
+        model = huggingface.with_names({**shape, **rest, "vocab_size": ids, "rope_scaling_factor": factor})
+        return model.model_copy(update={"padded_vocab_size": rows})
+
 
 def _computed(model: Model) -> dict[str, Any]:
     return model.model_dump(exclude=MAY_DIFFER)
-
-
-def _configuration(folder: Path) -> tuple[Model, RunConfig | None]:
-    common = read_common(folder)
-    try:
-        if common.get("weights_only"):
-            return Model.model_validate(common["run"]["model"]), None
-        run = RunConfig.model_validate({**common["run"], "launch": NO_LAUNCH})
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{folder / 'common.pt'}: does not hold the configuration of a run of megatron-rocm "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    return run.model, run

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rocm.checkpoint.convert import archive, huggingface
 from megatron_rocm.checkpoint.convert.mapped import Mapped
 from megatron_rocm.checkpoint.convert.source import DTYPES
-from megatron_rocm.checkpoint.convert.table import Weight, weights
+from megatron_rocm.checkpoint.convert.table import Weight, weights, without_place
 from megatron_rocm.config.presets import PRESETS
 from megatron_rocm.config.schema import Model
 from megatron_rocm.data.spm import read_model
@@ -46,6 +46,9 @@ class FromMeta:
         self._shards = [_shard(path) for path in paths]
         self.model = self._model()
         self._require_all_shards()
+        names = {name for shard in self._shards for name in shard} - {OUTPUT}  # Llama 3.2's has the table twice
+        if others := without_place(names, self.model, "meta"):
+            raise UsageError(f"{self.folder}: {others}: {PARAMS} is of another model")
 
     def _model(self) -> Model:
         """params.json leaves out the size of the feed forward layers, the vocabulary and the range of positions."""
@@ -55,7 +58,7 @@ class FromMeta:
             factor = None
             if params.get("use_scaled_rope"):
                 factor = float(params.get("rope_scale_factor", 8.0))
-            base = int(params.get("rope_theta", 10_000))
+            base = huggingface.whole_base(params.get("rope_theta", 10_000))
             shape = {
                 "num_layers": params["n_layers"],
                 "hidden_size": dim,
@@ -71,20 +74,19 @@ class FromMeta:
                 "norm_eps": params["norm_eps"],
             }
             return published(shape)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise UsageError(
-                f"{self.folder / PARAMS}: does not describe a Llama ({type(error).__name__}: {error})"
-            ) from error
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+            why = huggingface.reason(error)
+            raise UsageError(f"{self.folder / PARAMS}: does not describe a Llama ({why})") from error
 
     def _require_all_shards(self) -> None:
         """Two shards of four would look like a model of half the size but for what is cut by its other dimension."""
         first = next(weight for weight in weights(self.model) if weight.meta == ("layers.0.attention.wo.weight",))
         (found,), (expected,) = self._shapes(first), first.hugging_face_shapes(self.model).values()
-        if found[1] * len(self._shards) != expected[1]:
+        if len(found) != 2 or found[1] * len(self._shards) != expected[1]:
             raise UsageError(
                 f"{self.folder}: a consolidated.*.pth is missing, or not of this model: {len(self._shards)} are here, "
                 f"and with attention.wo.weight of {found} each, a model of dim {expected[1]} has "
-                f"{expected[1] // found[1]}"
+                f"{expected[1] // max(1, found[-1])}"
             )
 
     def _has(self, name: str) -> bool:
@@ -128,7 +130,8 @@ class FromMeta:
         parts = [self._one(name, shard) for shard in range(len(self._shards))]
         if tuple(parts[0].shape) == shape:  # on every rank the same
             return parts[0]
-        for dimension in range(len(shape)):
+        alike = all(part.dim() == len(shape) for part in parts)
+        for dimension in range(len(shape)) if alike else ():
             whole = list(parts[0].shape)
             whole[dimension] = sum(part.shape[dimension] for part in parts)
             others = {tuple(part.shape[:dimension] + part.shape[dimension + 1 :]) for part in parts}

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from megatron_rocm.config.presets import PRESETS
 from megatron_rocm.config.schema import Model, RunConfig
 from megatron_rocm.data.hub import find_files
-from megatron_rocm.data.tokenizer import inspect
+from megatron_rocm.data.tokenizer import TokenizerInfo, inspect
 from megatron_rocm.errors import UsageError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -39,8 +40,14 @@ FIXED = (
     ("attention_bias", False, False),
     ("mlp_bias", False, False),
     ("quantization_config", None, None),
+    ("partial_rotary_factor", 1.0, 1.0),
 )
 
+# Of a Model: what is at least 1.
+COUNTS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "vocab_size", "max_position_embeddings", "rotary_base",
+)  # fmt: skip
 # What makes a model one of the presets, whatever its vocabulary and the range of its positions.
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "rotary_base")
 
@@ -61,15 +68,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def model_of(config: dict[str, Any], path: Path) -> Model:
     """The Model section of what a config.json describes. Raises UsageError for what is not a Llama that we train."""
-    for key, only, default in FIXED:
-        if config.get(key, default) != only:
-            raise UsageError(
-                f"{path}: {key} is {json.dumps(config.get(key))[:80]}; only {json.dumps(only)} can be converted"
-            )
     try:
+        rope = dict(config.get("rope_parameters") or {})
+        said = {**rope, **config}
+        for key, only, default in FIXED:
+            if said.get(key, default) != only:
+                raise UsageError(
+                    f"{path}: {key} is {json.dumps(said.get(key))[:80]}; only {json.dumps(only)} can be converted"
+                )
         heads, hidden, vocab = config["num_attention_heads"], config["hidden_size"], config["vocab_size"]
-        rope = config.get("rope_parameters") or {}
-        factor = _scaling(config.get("rope_scaling") or rope, path)
+        factor = _scaling(dict(config.get("rope_scaling") or rope), path)
         return with_names({
             "num_layers": config["num_hidden_layers"],
             "hidden_size": hidden,
@@ -79,27 +87,42 @@ def model_of(config: dict[str, Any], path: Path) -> Model:
             "kv_channels": config.get("head_dim") or hidden // heads,
             "vocab_size": vocab,
             "max_position_embeddings": config.get("max_position_embeddings", 2048),
-            "rotary_base": int(rope.get("rope_theta") or config.get("rope_theta") or 10_000),
+            "rotary_base": whole_base(rope.get("rope_theta") or config.get("rope_theta") or 10_000),
             "rope_scaling_factor": factor,
             "tied_embeddings": config.get("tie_word_embeddings", False),
             "norm_eps": config.get("rms_norm_eps", 1e-6),
             "init_std": config.get("initializer_range", 0.02),
         })  # fmt: skip
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"{path}: does not describe a Llama ({type(error).__name__}: {error})") from error
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise UsageError(f"{path}: does not describe a Llama ({reason(error)})") from error
+
+
+def whole_base(theta: Any) -> int:
+    """The rotary base of a configuration's `rope_theta`. Raises ValueError for one that is no whole number."""
+    if int(theta) != theta:
+        raise ValueError(f"rope_theta is {theta}, and should be a whole number")
+    return int(theta)
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with values of a configuration, on one line."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+    return f"{type(error).__name__}: {error}"
 
 
 def with_names(shape: dict[str, Any]) -> Model:
     """A Model section of its numbers alone, `rope_scaling_factor` None where the rotary embedding is not scaled.
 
-    Family, size and title are those of the published model of this shape where there is one.
+    Family, size and title are those of the published model of this shape where there is one. Raises ValueError for
+    numbers that no model has.
     """
     known = [one for one, preset in PRESETS.items() if all(getattr(preset, key) == shape[key] for key in SHAPE)]
     factor = shape["rope_scaling_factor"]
     newer = factor is not None or shape["rotary_base"] == 500_000
     family, size = known[0] if known else ("llama3" if newer else "llama2", "other")
     preset = PRESETS.get((family, size))
-    return Model.model_validate({
+    model = Model.model_validate({
         **shape,
         "family": family,
         "size": size,
@@ -109,6 +132,11 @@ def with_names(shape: dict[str, Any]) -> Model:
         # A run with ROPE_SCALING=0 has its preset's factor, without effect.
         "rope_scaling_factor": factor or (preset and preset.rope_scaling_factor) or 1.0,
     })  # fmt: skip
+    if wrong := [f"{key} is {getattr(model, key)}" for key in COUNTS if getattr(model, key) < 1]:
+        raise ValueError(", ".join(wrong))
+    if model.num_attention_heads % model.num_query_groups:
+        raise ValueError(f"{model.num_attention_heads} attention heads for {model.num_query_groups} key-value heads")
+    return model
 
 
 def _scaling(rope: dict[str, Any], path: Path) -> float | None:
@@ -126,8 +154,8 @@ def _scaling(rope: dict[str, Any], path: Path) -> float | None:
 
 def copy_description(source: Path, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
     """Write a model's own configuration into `folder`, with the type of its weights."""
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    write_json(folder / CONFIG, {**config, key: str(dtype).removeprefix("torch.")})
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    write_json(folder / CONFIG, {**config, **dict.fromkeys(keys, str(dtype).removeprefix("torch."))})
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, folder / GENERATION)
 
@@ -145,7 +173,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def llama_config(model: Model, *, dtype: str, bos: int | None, eos: int) -> dict[str, Any]:
+def llama_config(model: Model, *, dtype: str, bos: int | None, eos: int | None) -> dict[str, Any]:
     """A config.json that transformers from 4.43 to 5 reads alike. `dtype` is torch's name, as "bfloat16"."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -175,9 +203,18 @@ def llama_config(model: Model, *, dtype: str, bos: int | None, eos: int) -> dict
     }
 
 
-def generation_config(bos: int | None, eos: int) -> dict[str, Any]:
+def generation_config(bos: int | None, eos: int | None) -> dict[str, Any]:
     ids = {"bos_token_id": bos, "eos_token_id": eos}
     return {"_from_model_config": True, **{name: id for name, id in ids.items() if id is not None}}
+
+
+def tokenizer_info(folder: str) -> TokenizerInfo:
+    """What a folder's tokenizer is. Raises UsageError."""
+    kind = "HuggingFaceTokenizer" if (Path(folder) / "tokenizer.json").is_file() else "Llama2Tokenizer"
+    try:
+        return inspect(folder, kind)
+    except UsageError as error:
+        raise UsageError(f"--tokenizer: {error}") from error
 
 
 def copy_tokenizer(run: RunConfig, tokenizer: str | None, folder: Path) -> int | None:

@@ -22,7 +22,7 @@ DESCRIBING = (WHOLE, ".metadata", "common.pt")
 
 
 @contextmanager
-def fetched(address: str, iteration: int | None, beside: Path) -> Iterator[FromMegatron]:
+def fetched(address: str, iteration: int | None, beside: Path, tokenizer: str | None) -> Iterator[FromMegatron]:
     """The checkpoint at an address, its weights in a folder beside the destination until the block ends.
 
     Raises UsageError where there is none, and where the store does not answer.
@@ -43,7 +43,7 @@ def fetched(address: str, iteration: int | None, beside: Path) -> Iterator[FromM
     try:
         names = [*DESCRIBING, *(f"{DESCRIPTION}/{name}" for name in ALL_FILES)]
         fetch(root, number, folder, names)
-        source = FromMegatron(folder)
+        source = FromMegatron(folder, tokenizer=tokenizer)
         fetch(root, number, folder, sorted(source.files))
         yield source
     finally:

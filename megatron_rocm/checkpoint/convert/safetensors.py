@@ -40,8 +40,10 @@ class Safetensors:
                 raise ValueError(f"it has {self.file.size:,} bytes of {end:,}")
             for name, entry in header.items():
                 start, stop = entry["data_offsets"]
+                if not all(isinstance(size, int) and size >= 0 for size in (start, stop, *entry["shape"])):
+                    raise ValueError(f"{name} has shape {entry['shape']} at {start} to {stop}")
                 width = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else None
-                if start < 0 or (width and math.prod(entry["shape"]) * width != stop - start):
+                if start > stop or (width and math.prod(entry["shape"]) * width != stop - start):
                     raise ValueError(f"{name} has {stop - start:,} bytes for shape {entry['shape']}")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UsageError(

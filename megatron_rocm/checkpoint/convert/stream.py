@@ -27,6 +27,7 @@ class Stream:
 
     def __init__(self, path: Path, *, hashed: bool) -> None:
         self.size = 0
+        self._waiting = 0  # bytes that were written since the disk was last asked to begin
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._hash = hashlib.sha256() if hashed else None
         self._fault: BaseException | None = None
@@ -82,7 +83,14 @@ class Stream:
 
     def _store(self, block: memoryview) -> None:
         while block:
-            block = block[os.write(self._handle, block) :]
+            written = os.write(self._handle, block)
+            block = block[written:]
+            self._waiting += written
+        if self._waiting >= BLOCK:
+            # The system begins to put it on the disk, which it would leave for `close`; nothing is waited for.
+            at = os.lseek(self._handle, 0, os.SEEK_CUR)
+            os.posix_fadvise(self._handle, at - self._waiting, self._waiting, os.POSIX_FADV_DONTNEED)
+            self._waiting = 0
 
 
 class _Line:

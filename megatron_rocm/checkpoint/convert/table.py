@@ -12,8 +12,10 @@ modeling_llama.py in transformers, llama/model.py in Meta's repository.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from torch import Tensor
 from megatron_rocm.config.schema import Model
 
 Shape = tuple[int, ...]
+LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+COMPUTED = ("rotary_emb.inv_freq", "rope.freqs")  # ends of names of tensors that older files have and nobody reads
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,19 @@ class Weight:
     def _expect(name: str, found: Shape, expected: Shape) -> None:
         if found != expected:
             raise ValueError(f"{name} has shape {found}; the model's configuration makes it {expected}")
+
+
+def without_place(names: Iterable[str], model: Model, side: Literal["hugging_face", "meta"]) -> str:
+    """Says which of a side's tensors would be lost, as the model has no place for them; empty where there are none."""
+    known = {pattern for row in ROWS if row.when(model) for pattern in getattr(row, side)}
+    lost = []
+    for name in names:
+        layer = LAYER.search(name)
+        placed = LAYER.sub("{}", name, count=1) in known and (layer is None or int(layer[0]) < model.num_layers)
+        if not placed and not name.endswith(COMPUTED):
+            lost.append(name)
+    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    return f"holds {min(lost)}{more}, which the configuration has no place for" if lost else ""
 
 
 def weights(model: Model) -> Iterator[Weight]:

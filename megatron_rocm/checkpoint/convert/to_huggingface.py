@@ -37,7 +37,7 @@ def write_huggingface(
     size = sum(_bytes(shard) for shard in shards)
     last = len(shards)
     names = [f"model-{i + 1:05d}-of-{last:05d}.safetensors" for i in range(last)] if last > 1 else ["model.safetensors"]
-    with new_folder(out, size, overwrite=overwrite, ours=_not_replaced) as partial:
+    with new_folder(out, size, source=source.folder, overwrite=overwrite, ours=_not_replaced) as partial:
         source.describe(partial, tokenizer, next(iter(shards[0].values()))[0])
         pieces = (piece for _, tensors in stream(source, dtype) for piece in tensors.items())
         for file, shard in zip(names, shards, strict=True):
@@ -72,4 +72,7 @@ def _bytes(tensors: Described) -> int:
 
 
 def _not_replaced(out: Path) -> str:
-    return "" if (out / huggingface.CONFIG).is_file() else f"not a Hugging Face folder (no {huggingface.CONFIG})"
+    if not (out / huggingface.CONFIG).is_file():
+        return f"not a Hugging Face folder (no {huggingface.CONFIG})"
+    folders = sorted(path.name for path in out.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return f"more than a Hugging Face model, with the folders {', '.join(folders)}" if folders else ""

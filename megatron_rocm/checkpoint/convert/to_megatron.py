@@ -34,7 +34,7 @@ def write_checkpoint(
     out = Path(out)
     kinds = {weight: dtype or source.dtype(weight) for weight in weights(source.model)}
     size = sum(weight.row.elements(source.model) * kind.itemsize for weight, kind in kinds.items())
-    with new_folder(out, size, overwrite=overwrite, ours=_not_replaced) as partial:
+    with new_folder(out, size, source=source.folder, overwrite=overwrite, ours=_not_replaced) as partial:
         folder = checkpoint_path(partial, 0)
         (folder / DESCRIPTION).mkdir(parents=True)
         source.describe(folder / DESCRIPTION, tokenizer, next(iter(kinds.values())))
@@ -79,4 +79,7 @@ def _not_replaced(out: Path) -> str:
         return f"not a converted checkpoint (no {TRACKER} with iteration 0)"
     if more := [path.name for path in out.glob("iter_*") if path.name != checkpoint_path(out, 0).name]:
         return f"a run's, with {', '.join(sorted(more))}"
-    return ""
+    if not (checkpoint_path(out, 0) / DESCRIPTION).is_dir():
+        return "a run's"
+    more = sorted({path.name for path in out.iterdir()} - {TRACKER, checkpoint_path(out, 0).name})
+    return f"more than a converted checkpoint, with {', '.join(more)}" if more else ""

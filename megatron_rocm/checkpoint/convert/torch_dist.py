@@ -49,6 +49,12 @@ class TorchDist:
         """The tensor of a key, or the `index`th of those that lie stacked in it. Raises UsageError as `read` does."""
         return self._read(key, index)
 
+    def rows(self, key: str) -> int:
+        """Of the whole tensor of a key. Raises UsageError where there is none."""
+        if key not in self._tensors:
+            raise UsageError(f"{self.folder}: holds no {key}: not of a Llama")
+        return int(self._tensors[key].size[0])
+
     def layers(self, key: str) -> int:
         """How many tensors lie stacked in that of a key."""
         return int(self._tensors[key].size[0])

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
 
+from megatron_rocm.checkpoint import reader
 from megatron_rocm.checkpoint.convert.from_huggingface import FromHuggingFace
 from megatron_rocm.checkpoint.convert.from_megatron import FromMegatron
 from megatron_rocm.checkpoint.convert.huggingface import CONFIG, llama_config
 from megatron_rocm.checkpoint.convert.source import Source
 from megatron_rocm.checkpoint.convert.table import weights
-from megatron_rocm.checkpoint.unpickle import read_metadata
+from megatron_rocm.checkpoint.unpickle import read_common
 from megatron_rocm.config.schema import Model, RunConfig
 from megatron_rocm.model.build import build_chunks, transformer_config
 from megatron_rocm.model.llama import core
@@ -195,10 +195,9 @@ def _run_megatron(source: Source, ids: Tensor, kind: torch.dtype) -> dict[str, T
 
 def _load(model: Any, source: Source) -> None:
     if isinstance(source, FromMegatron):
-        read_metadata(source.folder)  # megatron-core's own reader would execute what it finds there
         # Tensors alone: the objects among them are FP8's, and a checkpoint need not have them.
         wanted = {key: part for key, part in model.sharded_state_dict().items() if not isinstance(part, ShardedObject)}
-        loaded = dist_checkpointing.load({"model": wanted}, str(source.folder))["model"]
+        loaded = reader.load({"model": wanted}, source.folder, read_common(source.folder))["model"]
         missing = set(model.load_state_dict(loaded, strict=False).missing_keys)
         assert all(key.endswith("_extra_state") for key in missing), missing
         return

@@ -26,7 +26,7 @@ from megatron_rocm.checkpoint.remote.uploader import Uploader
 from megatron_rocm.checkpoint.save import After, seen_by_all
 from megatron_rocm.config.address import is_remote
 from megatron_rocm.config.schema import RunConfig
-from megatron_rocm.errors import UsageError
+from megatron_rocm.errors import EndsAllRanks, UsageError
 
 ORIGIN = "remote.txt"  # in a local folder: the address whose copies it holds
 HEARTBEAT = 2.0  # seconds between looks whether all ranks are done: a fetch may take longer than a collective call may
@@ -48,22 +48,24 @@ def sending(run: RunConfig, shared: bool) -> Iterator[Sequence[After]]:
     if not is_remote(run.checkpoint.save):
         yield ()
         return
-    if not _leads():
-        yield ()
-        _together(None)
-        return
-    uploader = Uploader(_plan(run, shared), run.checkpoint.upload_timeout)
+    uploader = Uploader(_plan(run, shared), run.checkpoint.upload_timeout) if _leads() else None
+    end = uploader.close if uploader else None
     first, count = dist.get_rank(), run.parallel.gpus_per_node
 
     def saved(folder: Path, written: Sequence[str]) -> None:
+        assert uploader
         uploader.saved(folder, [*written, *(file_name(rank) for rank in range(first + 1, first + count))])
 
     try:
-        yield (saved,)
-    except Exception:  # other ranks may not come here
-        uploader.close()
+        yield (saved,) if uploader else ()
+    except EndsAllRanks:  # a rank that ended at once would have torchrun kill those that still send
+        _together(end)
         raise
-    _together(uploader.close)
+    except Exception:  # other ranks may not come here
+        if end:
+            end()
+        raise
+    _together(end)
 
 
 def bring(run: RunConfig, shared: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from megatron_rocm.checkpoint import folder
-from megatron_rocm.checkpoint.folder import checkpoint_path
+from megatron_rocm.checkpoint.folder import TRACKER, WHOLE, checkpoint_path, kept, named
 from megatron_rocm.checkpoint.manifest import MANIFEST
 from megatron_rocm.checkpoint.remote.held import content, folder_name, iterations, tracked
 from megatron_rocm.checkpoint.remote.store import Store, StoreError
@@ -17,15 +17,12 @@ LOCAL_COPIES = 2  # of checkpoints that have been sent stay at least, so that a 
 ROOM_FOR = 2  # checkpoints that the disk should have room for, or else older ones that wait to be sent are given up
 
 
-def kept(found: Collection[int], last: int, every: int) -> set[int]:
-    """Those of the iterations that SAVE_KEEP_LAST and SAVE_KEEP_EVERY keep; `last` 0 keeps all."""
-    if not last:
-        return set(found)
-    return set(sorted(found)[-last:]) | {one for one in found if every and one % every == 0}
-
-
 def delete(store: Store, iteration: int) -> None:
-    """Remove a checkpoint; its manifest first, so that what a cut leaves is not taken for a whole one."""
+    """Remove a checkpoint, first the two files without which what a cut leaves is not taken for a whole one.
+
+    In this order: without its manifest alone it would be one that another tool has put there.
+    """
+    store.remove(f"{folder_name(iteration)}/{WHOLE}")
     store.remove(f"{folder_name(iteration)}/{MANIFEST}")
     store.remove_all(folder_name(iteration))
 
@@ -39,7 +36,8 @@ def retain(store: Store, last: int, every: int, busy: Collection[int]) -> list[i
     whole = {iteration for iteration in found if content(store, iteration) is not None}
     if not whole:
         return []
-    stay = kept(whole, last, every) | {max(whole), tracked(store) or max(whole)} | set(busy)
+    latest = tracked(store) or max(whole)
+    stay = kept(whole, last, every, latest) | {max(whole), latest} | set(busy)
     # An incomplete one that is newer may be another node's, on its way.
     unwanted = [one for one in found if one not in stay and (one in whole or one < max(whole))]
     for iteration in unwanted:
@@ -52,11 +50,13 @@ def prune(
 ) -> tuple[list[int], list[int]]:
     """Remove local copies of what the store keeps: (those that were sent, those that were not and had to make room).
 
-    The newest `last`, at least LOCAL_COPIES, stay in any case. An older one goes once it is sent; those that still wait
-    to be sent go, oldest first, where the disk has no room for ROOM_FOR more checkpoints. What retention does not keep
-    is the saving run's to remove (folder.prune), which may be at it now.
+    The newest `last`, at least LOCAL_COPIES, and the one that the tracker names stay in any case. An older one goes
+    once it is sent; those that still wait to be sent go, oldest first, where the disk has no room for ROOM_FOR more
+    checkpoints. What retention does not keep is the saving run's to remove (folder.prune), which may be at it now.
     """
-    old = sorted(kept(found, last, every) - set(sorted(found)[-max(last, LOCAL_COPIES) :]))
+    latest = named(root / TRACKER)
+    stay = {*sorted(found)[-max(last, LOCAL_COPIES) :], latest}
+    old = sorted(kept(found, last, every, latest) - stay)
     sent = [iteration for iteration in old if is_sent(iteration)]
     given_up: list[int] = []
     for iteration in sent:

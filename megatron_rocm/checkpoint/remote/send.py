@@ -30,7 +30,7 @@ from typing import Any
 
 from megatron_rocm.checkpoint import manifest, phases
 from megatron_rocm.checkpoint.folder import SENDING as SENDING_NOW
-from megatron_rocm.checkpoint.folder import TRACKER, checkpoint_path
+from megatron_rocm.checkpoint.folder import TRACKER, checkpoint_path, kept, named
 from megatron_rocm.checkpoint.manifest import MANIFEST, File
 from megatron_rocm.checkpoint.remote import retain
 from megatron_rocm.checkpoint.remote.held import SENDING, content, folder_name, tracked
@@ -79,12 +79,16 @@ class Sender:
         self._wait = 0.0
 
     def find(self) -> None:
-        """Take on what an earlier run has left, as far as retention keeps it; of a shared folder node 0 alone does."""
+        """Take on what an earlier run has left, as far as retention keeps it; of a shared folder node 0 alone does.
+
+        None that is newer than the one that the tracker names: the run goes on from that, and so leaves their course.
+        """
         if self.plan.shared and self.plan.node:
             return
-        here = local_iterations(self.root)
-        for iteration in retain.kept(here, self.plan.keep_last, self.plan.keep_every):
-            self.pending.setdefault(iteration, None)
+        here, latest = local_iterations(self.root), named(self.root / TRACKER)
+        for iteration in kept(here, self.plan.keep_last, self.plan.keep_every, latest):
+            if latest < 0 or iteration <= latest:
+                self.pending.setdefault(iteration, None)
 
     def saved(self, iteration: int, names: list[str] | None) -> None:
         """A new checkpoint: its files that are this node's, None for all that are there. It is tried at once."""
@@ -133,7 +137,7 @@ class Sender:
             )
         try:
             self._tidy(iteration)
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             self.say(f"warning: old checkpoints are not removed: {error}; the next save tries again")
 
     def _advance(self, iteration: int) -> int | None:
@@ -145,7 +149,7 @@ class Sender:
         own = self._own(iteration, folder, known)
         there = remote_manifest(self.store, iteration)
         if there is not None:
-            if all(there.get(name) == known[name] for name in own) and content(self.store, iteration) is not None:
+            if there == known and content(self.store, iteration) is not None:
                 self._name(iteration)
                 return 0
             # Of an earlier course of the run, which these files now replace.
@@ -221,10 +225,10 @@ class Sender:
         """Have the tracker name it, unless a newer one is named that is no older course's."""
         if self.plan.node:
             return
-        named = tracked(self.store)
-        if named == iteration:
+        there = tracked(self.store)
+        if there == iteration:
             return
-        if named is None or named < iteration or _local_latest(self.root) == iteration:
+        if there is None or there < iteration or named(self.root / TRACKER) == iteration:
             phases.mark("tracker")
             self.store.write(TRACKER, str(iteration).encode())
 
@@ -248,12 +252,6 @@ def local_iterations(root: Path) -> list[int]:
     """Of the checkpoints in a local folder that have their final name and a manifest, ascending."""
     found = (path.parent.name.removeprefix("iter_") for path in root.glob(f"iter_*/{MANIFEST}"))
     return sorted(int(number) for number in found if number.isascii() and number.isdigit())
-
-
-def _local_latest(root: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        return int((root / TRACKER).read_text())
-    return None
 
 
 def _record(text: bytes | None) -> dict[str, File]:
@@ -316,7 +314,7 @@ def _end_after(seconds: float, sender: Sender) -> None:
                 f"warning: not sent to {sender.plan.address} within {seconds:g} seconds (UPLOAD_TIMEOUT): checkpoint "
                 f"{', '.join(map(str, left))}. It is in {sender.root}; the same command started here again sends it"
             )
-            os._exit(1)
+        os._exit(1 if left else 0)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

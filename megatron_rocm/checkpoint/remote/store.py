@@ -252,7 +252,8 @@ def _abandon(target: Any) -> None:
     """Take back what was written of an open file: closing it would give half of it its name."""
     with contextlib.suppress(Exception):
         target.discard()
-    target.closed = True
+    with contextlib.suppress(AttributeError):  # some stores' files are plain ones, which close as they are
+        target.closed = True
 
 
 @contextlib.contextmanager

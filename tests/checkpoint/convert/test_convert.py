@@ -144,6 +144,17 @@ def change(folder: Path, edit) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def describe(folder: Path, edit) -> None:
+    """Change a file's header."""
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    edit(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
 def configure(folder: Path, **changes) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -189,7 +200,67 @@ FAULTS = {
         lambda folder: configure(folder, rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
         "only Llama 3.1's",
     ),
+    "no size": (lambda folder: configure(folder, head_dim=-16), "kv_channels is -16"),
+    "no groups": (lambda folder: configure(folder, num_key_value_heads=3), "4 attention heads for 3 key-value heads"),
+    "no number": (lambda folder: configure(folder, rms_norm_eps=None), "norm_eps: Input should be a valid number"),
+    "no rope": (lambda folder: configure(folder, rope_parameters="x"), "does not describe a Llama"),
+    "half a rope": (lambda folder: configure(folder, partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    "a broken base": (lambda folder: configure(folder, rope_parameters={"rope_theta": 10.5}), "10.5, and should be"),
+    "fewer layers": (
+        lambda folder: configure(folder, num_hidden_layers=3),
+        "holds model.layers.3.input_layernorm.weight and 8 more, which the configuration has no place for",
+    ),
+    "a bias": (
+        lambda folder: change(folder, lambda tensors: tensors.update({"model.norm.bias": torch.ones(64)})),
+        "holds model.norm.bias, which",
+    ),
+    "a tie that is none": (lambda folder: configure(folder, tie_word_embeddings=True), "config.json ties them"),
+    "a shape of no numbers": (
+        lambda folder: describe(folder, lambda header: header["model.norm.weight"].update(shape=[64.0])),
+        "model.norm.weight has shape [64.0]",
+    ),
+    "a negative shape": (
+        lambda folder: describe(folder, lambda header: header["model.norm.weight"].update(shape=[-64, -1])),
+        "model.norm.weight has shape [-64, -1]",
+    ),
 }  # fmt: skip
+
+
+def test_tensors_that_nobody_reads(models, tmp_path):
+    """A table of the rotary embedding, as older files have one a layer, and the embedding a second time."""
+    copy = editable(models, "llama3.2", tmp_path)
+    extra = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(4)}
+    change(copy, lambda tensors: tensors.update(extra))
+    change(copy, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert convert("hf-to-megatron", copy, tmp_path / "out") == 0
+    assert convert("megatron-to-hf", tmp_path / "out", tmp_path / "hf") == 0
+    assert same(weights_of(models / "llama3.2"), weights_of(tmp_path / "hf"))
+
+
+def test_a_destination_never_costs_a_source(models, tmp_path, capsys):
+    source = shutil.copytree(models / "llama3", tmp_path / "hf")
+    assert convert("hf-to-megatron", source, source / "megatron") == 0
+    inner = source / "megatron/iter_0000000"
+    assert "holds the source" in failed(capsys, "megatron-to-hf", source / "megatron", source, "--overwrite")
+    other = write_checkpoint(FromHuggingFace(models / "llama2"), tmp_path / "other")
+    assert "with the folders megatron" in failed(capsys, "megatron-to-hf", other, source, "--overwrite")
+    assert "lies in a checkpoint" in failed(capsys, "megatron-to-hf", other, inner / "huggingface", "--overwrite")
+    assert convert("megatron-to-hf", other, other / "hf") == 0
+    assert "with hf" in failed(capsys, "hf-to-megatron", models / "llama3", other, "--overwrite")
+    assert manifest.faults(inner, full=True) == []
+
+
+def test_a_destination_that_is_no_plain_folder(models, tmp_path, capsys, monkeypatch):
+    here = tmp_path / "with a space"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert "the current folder" in failed(capsys, "hf-to-megatron", models / "llama3", Path("."))
+    (tmp_path / "link").symlink_to(here / "elsewhere")
+    assert convert("hf-to-megatron", models / "llama3", tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink() and manifest.faults(here / "elsewhere/iter_0000000", full=True) == []
+    assert main(["convert", "hf-to-megatron", str(models / "llama3"), "s3://bucket/path"]) == 2
+    assert "only a checkpoint to read may be in a remote store" in capsys.readouterr().err
+    assert [path.name for path in here.iterdir()] == ["elsewhere"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -104,6 +104,22 @@ def test_a_file_that_is_cut_or_of_another_model(meta, tmp_path):
     assert "wk.weight has shape" in refused(meta)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("output.weight", torch.tensor(1.0), "does not describe a Llama"),
+        ("layers.0.attention.wo.weight", torch.ones(5), "of (5,) each"),
+        ("layers.0.attention.wo.weight", torch.ones(5, 0), "of (5, 0) each"),
+        ("layers.1.attention.wo.weight", torch.ones(5), "has shape (5,) in each of 4 files"),
+        ("layers.0.attention.wq.bias", torch.ones(5), "holds layers.0.attention.wq.bias, which"),
+    ],
+)
+def test_tensors_of_another_model(meta, name, tensor, message):
+    for path in meta.glob("*.pth"):
+        torch.save({**torch.load(path), name: tensor.bfloat16()}, path)
+    assert message in refused(meta)
+
+
 def test_nothing_in_a_file_is_executed(meta, tmp_path):
     mark = tmp_path / "executed"
 

@@ -98,7 +98,6 @@ def test_files_come_first_then_the_manifest_then_the_tracker(
 FAULTS = {
     "500": (r"PUT|POST|GET", 500),
     "cut in a part": (r"PUT .*distcp", "cut"),
-    "quota": (r"PUT|POST", 403),
 }
 
 
@@ -151,8 +150,8 @@ def test_a_store_that_hangs_holds_nobody_up_and_the_end_says_what_is_not_sent(
 
 
 @pytest.mark.parametrize("where", ["distcp", MANIFEST, TRACKER])
-def test_a_killed_upload_is_ignored_and_the_next_run_completes_it(
-    where: str, s3: S3, address: str, tmp_path: Path, start
+def test_a_killed_upload_is_ignored_and_the_next_sender_completes_it(
+    where: str, s3: S3, address: str, tmp_path: Path, start, capfd
 ) -> None:
     root = tmp_path / "local"
     uploader = start()
@@ -168,22 +167,11 @@ def test_a_killed_upload_is_ignored_and_the_next_run_completes_it(
     assert found and found[0] == 2, "a bare machine goes on from what is named"
     s3.requests.clear()
     uploader.close()
-    start().close()
+    assert "it is started again" in capfd.readouterr().out
     assert whole(address) == [2, 4] and held.tracked(store(address)) == 4
     if where != "distcp":
         assert not [name for name in puts(s3) if name in FEW], "the files were there already"
     assert contents(remote.fetch(address, None, tmp_path / "bare")) == contents(folder)
-
-
-def test_a_sender_that_dies_is_started_again(address: str, tmp_path: Path, start, capfd) -> None:
-    uploader = start()
-    uploader.saved(save(tmp_path / "local", 2))
-    wait_for(lambda: whole(address) == [2])
-    sender_of(tmp_path / "local").kill()
-    uploader.saved(save(tmp_path / "local", 4))
-    uploader.close()
-    assert whole(address) == [2, 4]
-    assert "it is started again" in capfd.readouterr().out
 
 
 def test_each_node_sends_its_own_files_and_the_manifest_waits_for_all(address: str, tmp_path: Path, start) -> None:
