@@ -21,7 +21,7 @@ from megatron_rocm.errors import UsageError
 
 CONTENT = random.Random(1).randbytes(300_000)
 SHA1 = f"sha1:{hashlib.sha1(CONTENT).hexdigest()}"
-SOON = Patience(stall=0.3, attempts=4, first_attempts=3, first_wait=0.01, longest_wait=0.02)
+SOON = Patience(stall=2, attempts=4, first_attempts=3, first_wait=0.01, longest_wait=0.02)
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_notes_of_something_else_are_not_believed(web, get, tmp_path):
 
 def test_read(web):
     web.put("/list", b"a list", 503, {"cut": 3}, {"stall": 2})
-    assert read(f"{web.url}/list", patience=Patience(stall=0.3, first_wait=0.01, longest_wait=0.01)) == b"a list"
+    assert read(f"{web.url}/list", patience=Patience(stall=2, first_wait=0.01, longest_wait=0.01)) == b"a list"
     with pytest.raises(NotThere):
         read(f"{web.url}/other", patience=SOON)
     with pytest.raises(UsageError, match="more than 5 bytes"):
