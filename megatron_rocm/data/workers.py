@@ -50,8 +50,9 @@ def work(payload: bytes | list[Any], task: Task, encoder: Encoder) -> Result:
         texts = [text for text in texts if text]
     sizes = documents.utf8_sizes(texts)
     ids, lengths = encoder.encode_batch(texts, task.eod)
+    dtype = token_dtype(task.vocab_size)
     return Result(
-        ids.astype(token_dtype(task.vocab_size), copy=False),
+        ids.view(dtype) if dtype.itemsize == ids.itemsize else ids.astype(dtype),
         lengths.astype(np.int32),
         np.array(sizes, np.int64),
         faults,
