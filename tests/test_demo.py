@@ -82,7 +82,7 @@ def test_all_stages(tmp_path: Path) -> None:
         return done.stdout
 
     output = run()
-    assert "logits agree" in output
+    assert "the two sides agree" in output
     assert output.count("  > ") == 3
     folder = tmp_path / demo.FOLDER
     assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum, EnumMeta
+from enum import EnumMeta
 from pathlib import Path, PosixPath
 from types import SimpleNamespace
 from typing import IO, Any
@@ -30,12 +30,13 @@ DTYPES = (
 )  # fmt: skip
 
 
-def _member(*said: Any) -> Enum:
+def _member(*said: Any) -> Any:
     """What Python 3.11.0 to 3.11.3 write for a member of an enumeration: builtins.getattr, here of nothing else."""
     match said:
         case (EnumMeta() as of, str(name)) if name in of.__members__:
-            member: Enum = of[name]
-            return member
+            return of[name]
+        case (type() as of, str(name)) if issubclass(of, Inert):
+            return of(name)
     raise pickle.UnpicklingError("it names builtins.getattr of something else than an enumeration")
 
 

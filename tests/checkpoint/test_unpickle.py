@@ -115,7 +115,7 @@ def test_reads_arguments_and_stands_in_for_classes_that_are_not_asked_for(monkey
     monkeypatch.delitem(sys.modules, module.__name__)
     read = read_saved(file, "common.pt")["args"]
     assert (read.signal, read.dtype, read.lr) == (signal.SIGTERM, torch.bfloat16, 0.1)
-    assert isinstance(read.kind, Inert) and repr(read.kind) == "Kind(1,)"
+    assert isinstance(read.kind, Inert) and repr(read.kind) in ("Kind(1,)", "Kind('FLASH',)")
 
 
 @pytest.mark.parametrize("call", [os.system, os.mkdir, eval, getattr])
