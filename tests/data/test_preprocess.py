@@ -352,3 +352,20 @@ def test_nemo_guide(whole, tmp_path, bpe):
     assert index.tokens == len(load(bpe).encode_batch(TEXTS, bpe.eod)[0])
     with pytest.raises(UsageError, match="--data-prefix=none: .* must hold one such file and has none of"):
         preprocess.main_nemo([*map(str, flags[:3]), "none", *map(str, flags[4:])])
+
+
+def test_the_tool_starts_anew_with_huge_pages_and_does_so_once(tmp_path):
+    code = """
+import os, runpy, sys
+os.execve = lambda program, words, said: print(program == sys.executable, words[-1], said["GLIBC_TUNABLES"])
+sys.argv[0] = sys.argv.pop(1)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    command = [sys.executable, "-c", code, str(ROOT / "tools" / "preprocess_data.py"), "--help"]
+    others = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    for environment, begin in (
+        (others, "True --help glibc.malloc.hugetlb=1"),
+        ({**others, "GLIBC_TUNABLES": ""}, "usage"),
+    ):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith(begin), done.stderr
