@@ -69,7 +69,7 @@ def hold(show: Callable[[str], None], wanted: str, chance: random.Random) -> Cal
 
     def listen(phase: str) -> None:
         nonlocal left
-        if phase != wanted:
+        if not wanted or phase != wanted:  # the end of a phase is told as ""
             show(phase or "training")
         elif left:
             left -= 1
