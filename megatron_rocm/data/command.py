@@ -45,6 +45,6 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[0] not in COMMANDS:
         raise UsageError(f"data {arguments[0]}: no such command; there are {', '.join(COMMANDS)}")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads, of no use here, cost a tenth of a second
-    gc.set_threshold(100_000)  # a tokenizer is some hundred thousand lists, which Python would search again and again
+    gc.set_threshold(1_000_000)  # a tokenizer is some hundred thousand lists, which Python would search again and again
     module, function, _ = COMMANDS[arguments[0]]
     return int(getattr(importlib.import_module(f"megatron_rocm.data.{module}"), function)(arguments[1:]))

@@ -45,14 +45,20 @@ class Choice:
 
 
 def choose(
-    info: TokenizerInfo, documents: Sequence[str], bos: bool = True, fast: Encoder | None = None
+    info: TokenizerInfo,
+    documents: Sequence[str],
+    bos: bool = True,
+    fast: Encoder | None = None,
+    definition: dict[str, Any] | None = None,
 ) -> tuple[Choice, Encoder]:
     """The fast encoder where it is proven on `documents` (the first SAMPLE_BYTES count), else the ordinary one.
 
-    `fast`: the fast encoder, where it is open already.
+    `fast`: the fast encoder, where it is open already. `definition`: the tokenizer.json, where it has been read; it is
+    used up.
     """
     files = find_files(info.model, info.type)
-    definition = {} if files.sentencepiece else orjson.loads(files.main.read_bytes())
+    if not definition:
+        definition = {} if files.sentencepiece else orjson.loads(files.main.read_bytes())
     sample = [*HARD, *_special(definition), *_first(documents)]
     ids, lengths = load(info, bos=bos).encode_batch(sample)
     _give_back_memory()
@@ -72,12 +78,13 @@ def choose(
 class Chooser:
     """`choose` for several outputs of one call, each on its own documents; the fast encoder is opened once."""
 
-    def __init__(self, info: TokenizerInfo, bos: bool) -> None:
-        self._info, self._bos = info, bos
+    def __init__(self, info: TokenizerInfo, definition: dict[str, Any] | None = None, *, bos: bool) -> None:
+        self.info, self.bos, self._definition = info, bos, definition
         self._fast: Encoder | None = None
 
     def choose(self, documents: Sequence[str]) -> tuple[Choice, Encoder]:
-        choice, encoder = choose(self._info, documents, self._bos, self._fast)
+        definition, self._definition = self._definition, None
+        choice, encoder = choose(self.info, documents, self.bos, self._fast, definition)
         if choice.fast:
             self._fast = encoder
         return choice, encoder

@@ -19,7 +19,7 @@ from megatron_rocm.data import encode, engine, shards, source, workers
 from megatron_rocm.data.command import Parser
 from megatron_rocm.data.engine import Job
 from megatron_rocm.data.indexed import read_sidecar
-from megatron_rocm.data.tokenizer import inspect
+from megatron_rocm.data.tokenizer import inspect_parsed
 from megatron_rocm.errors import UsageError
 
 # SentencePiece without BOS; Llama2Tokenizer has it.
@@ -122,15 +122,18 @@ def main(arguments: Sequence[str]) -> int:
         )
     without_bos = said.tokenizer_type in WITHOUT_BOS
     try:
-        info = inspect(said.tokenizer_model, "Llama2Tokenizer" if without_bos else said.tokenizer_type)
+        chooser = encode.Chooser(
+            *inspect_parsed(said.tokenizer_model, "Llama2Tokenizer" if without_bos else said.tokenizer_type),
+            bos=not (without_bos or said.tokenizer_hf_no_include_special_tokens),
+        )
     except UsageError as error:
         raise UsageError(_as_flags(str(error))) from None
     job = Job(
         said.input,
         "",
-        info,
+        chooser.info,
         append_eod=said.append_eod,
-        bos=not (without_bos or said.tokenizer_hf_no_include_special_tokens),
+        bos=chooser.bos,
         workers=cpus,
         on_error=said.on_error,
         shard=_shard(said.shard) if said.shard else None,
@@ -141,7 +144,6 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError("--output-each: files are parts already; give it without --shard and --partitions")
     if said.output_each:
         jobs = [one for keyed in jobs for one in _each(keyed, said.output_prefix)]
-    chooser = encode.Chooser(info, job.bos)
     for one in jobs:
         try:
             _run(one, said.partitions, chooser)

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,6 +107,13 @@ def inspect(model: str, type: str = "HuggingFaceTokenizer", offline: bool = Fals
     A hub name is looked for in the local Hugging Face cache, then downloaded (HF_TOKEN, HF_ENDPOINT); `offline`
     stops before the network. Raises UsageError for everything that is missing, gated, unreachable or unreadable.
     """
+    return inspect_parsed(model, type, offline)[0]
+
+
+def inspect_parsed(
+    model: str, type: str = "HuggingFaceTokenizer", offline: bool = False
+) -> tuple[TokenizerInfo, dict[str, Any]]:
+    """`inspect`, and the tokenizer.json that was read for it; {} for a SentencePiece model."""
     check_type(type)
     return _describe(find_files(model, type, offline), model, type)
 
@@ -119,15 +127,15 @@ def load(
     else:
         check_type(type)
         files = find_files(model, type, offline)
-        info = _describe(files, model, type)
+        info, _ = _describe(files, model, type)
     return (_SentencePieceEncoder if files.sentencepiece else _FastEncoder)(info, files.main, bos)
 
 
-def _describe(files: TokenizerFiles, model: str, kind: str) -> TokenizerInfo:
+def _describe(files: TokenizerFiles, model: str, kind: str) -> tuple[TokenizerInfo, dict[str, Any]]:
     if files.sentencepiece:
         raw = files.main.read_bytes()
         spm = read_model(raw, model)
-        return TokenizerInfo(kind, model, spm.vocab_size, spm.eos, spm.bos, hashlib.sha256(raw).hexdigest())
+        return TokenizerInfo(kind, model, spm.vocab_size, spm.eos, spm.bos, hashlib.sha256(raw).hexdigest()), {}
     tokenizer = _read_json(files.main, model)
     try:
         vocab = tokenizer["model"]["vocab"]
@@ -150,7 +158,7 @@ def _describe(files: TokenizerFiles, model: str, kind: str) -> TokenizerInfo:
             f"TOKENIZER_MODEL={model}: {said}, and documents must end with one. "
             f"Set eos_token in {files.main.with_name('tokenizer_config.json')}"
         )
-    return TokenizerInfo(kind, model, size, ids[eos], ids.get(bos), fingerprint)
+    return TokenizerInfo(kind, model, size, ids[eos], ids.get(bos), fingerprint), tokenizer
 
 
 def _fingerprint(tokenizer: dict[str, Any]) -> str:
@@ -159,11 +167,11 @@ def _fingerprint(tokenizer: dict[str, Any]) -> str:
     vocab = model["vocab"]
     merges = model.get("merges") or []
     parts = {
-        "vocab": sorted(vocab.items(), key=lambda item: item[1]) if isinstance(vocab, dict) else vocab,
+        "vocab": sorted(vocab.items(), key=itemgetter(1)) if isinstance(vocab, dict) else vocab,
         "merges": merges if merges and isinstance(merges[0], str) else list(map(" ".join, merges)),
         "added": sorted((token["id"], token["content"]) for token in tokenizer.get("added_tokens") or ()),
     }
-    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(orjson.dumps(parts)).hexdigest()
 
 
 def _special(files: TokenizerFiles, model: str, name: str) -> str | None:
