@@ -122,12 +122,14 @@ def _from_all(mine: T) -> list[T]:
 def _first_whole(run: RunConfig, choice: Choice) -> tuple[Path | None, list[str]]:
     """The best checkpoint that is whole, the same on all ranks, and lines on those that are not."""
     wrong: list[str] = []
+    save = run.checkpoint.save
     for path in choice.paths:
         found = _damage(run, path)
         if not found:
             skipped = [f"warning: {what}; it is left as it is, and the one before it is taken" for what in wrong]
             return path, [*choice.notes, *skipped]
-        wrong.append(choose.damaged(path, found))
+        again = f" (remove it, and the next start fetches it from {save} again)" if is_remote(save) else ""
+        wrong.append(f"{choose.damaged(path, found)}{again}")
     if wrong:
         raise UsageError(choose.none_whole(wrong))
     return None, []

@@ -23,12 +23,13 @@ import numpy as np
 from megatron_rocm.data import documents, encode, source, workers
 from megatron_rocm.data.hub import is_hub_name
 from megatron_rocm.data.indexed import SIDECAR_FORMAT, IndexedWriter, open_index, publish, read_sidecar, token_dtype
-from megatron_rocm.data.journal import Journal, State, to_ourselves
+from megatron_rocm.data.journal import Journal, State
 from megatron_rocm.data.progress import Progress
 from megatron_rocm.data.source import Chunk, Source
 from megatron_rocm.data.tokenizer import TokenizerInfo
 from megatron_rocm.data.workers import Result, Task
 from megatron_rocm.errors import UsageError
+from megatron_rocm.platform.disk import to_ourselves
 
 SHOWN_FAULTS = 20
 MOST_PEEKED = 16  # chunks that are looked at for the first document
@@ -132,7 +133,7 @@ def preprocess(job: Job, sources: Sequence[Source] | None = None, chooser: encod
         if done:
             return done
         facts = _facts(job, stamp, everything)
-        run = _Run(job, mine, journal, known, facts, chooser or encode.Chooser(job.tokenizer, job.bos))
+        run = _Run(job, mine, journal, known, facts, chooser or encode.Chooser(job.tokenizer, bos=job.bos))
         try:
             return run.go()
         except BrokenPipeError:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_rocm.data.indexed import discard, partial
-from megatron_rocm.errors import UsageError
 from megatron_rocm.platform.disk import sync_folder
 
 BLOCK = 8 << 20
@@ -94,41 +91,3 @@ class Journal:
         self._path.with_name(f"{self._path.name}.partial").unlink(missing_ok=True)
         if output:
             discard(self._prefix)
-
-
-@contextlib.contextmanager
-def to_ourselves(prefix: str, key: str) -> Iterator[None]:
-    """Hold PREFIX against a second writer until the block ends or the process dies; makes its folder.
-
-    Raises UsageError, naming `key`, where another holds it or the folder can't be written.
-    """
-    import fcntl
-
-    path = Path(f"{prefix}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            lock = open(path, "w")  # noqa: SIM115
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.close()
-                raise UsageError(
-                    f"{key}={prefix}: another run is writing there. Wait for it, or give another prefix"
-                ) from None
-            except OSError:
-                break  # a file system without locks
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                    break
-            lock.close()  # the one who held it has just removed it
-    except OSError as error:
-        raise UsageError(
-            f"{key}={prefix}: {path.parent} can't be written ({error.strerror}). Give a folder that this user may "
-            "write to"
-        ) from None
-    with lock:
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_rocm.data.combine import Combined, concat
 from megatron_rocm.data.indexed import read_sidecar
-from megatron_rocm.data.journal import to_ourselves
 from megatron_rocm.errors import UsageError
+from megatron_rocm.platform.disk import to_ourselves
 
 SAME = ("corpus", "key", "append_eod", "bos")  # of a sidecar's `source`
 

@@ -89,6 +89,8 @@ class Killer:
         self.folder, self.chance = folder, chance
         self.fields = {**FIELDS, **fields}
         self.saved = Path(fields.get("local", folder / "checkpoints"))
+        if is_remote(fields.get("save", "")):
+            self.fields["local"] = str(self.saved)
         self.phases = folder / "phases"
         self.phases.mkdir(exist_ok=True)
 

@@ -288,7 +288,7 @@ def test_nothing_in_the_input(job, tmp_path, content):
 
 
 def test_a_second_process_is_kept_out(job):
-    from megatron_rocm.data.journal import to_ourselves
+    from megatron_rocm.platform.disk import to_ourselves
 
     with to_ourselves(job.prefix, "--output-prefix"), pytest.raises(UsageError, match="another run is writing there"):
         preprocess(job)

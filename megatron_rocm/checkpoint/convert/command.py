@@ -27,7 +27,7 @@ DIRECTIONS = {
 }
 # Files that hold the first weights of a source, and how many bytes of them to read at once.
 FIRST = ("*.safetensors", "consolidated.00.pth", "__0_0.distcp", "iter_*/__0_0.distcp")
-EARLY = 1 << 30
+EARLY = 4 << 30
 EPILOG = """sources and destinations:
   hf        a folder with config.json and safetensors (or pytorch_model.bin), one file or several
   megatron  SAVE_CKPT_PATH of a run, an iter_… folder in it, or a remote address of them; as destination a folder for

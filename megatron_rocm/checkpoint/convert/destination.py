@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_rocm.checkpoint.folder import WHOLE, iteration_of
 from megatron_rocm.errors import UsageError
-from megatron_rocm.platform.disk import sync_folder
+from megatron_rocm.platform.disk import sync_folder, to_ourselves
 
 
 @contextmanager
@@ -25,20 +25,21 @@ def new_folder(out: Path, size: int, *, source: Path, overwrite: bool, ours: Cal
     out = Path(os.path.realpath(out))
     _refuse(out, Path(os.path.realpath(source)), overwrite, ours)
     partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if size > free:
-            raise UsageError(f"{out}: needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room")
-        yield partial
-        sync_folder(partial)
-        _put_in_place(partial, out)
-    except OSError as error:
-        full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
-        raise UsageError(f"{out}: can't be written ({full}); choose another folder or make room") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with to_ourselves(str(out), "destination"):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+            partial.mkdir()
+            free = shutil.disk_usage(partial).free
+            if size > free:
+                raise UsageError(f"{out}: needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room")
+            yield partial
+            sync_folder(partial)
+            _put_in_place(partial, out)
+        except OSError as error:
+            full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
+            raise UsageError(f"{out}: can't be written ({full}); choose another folder or make room") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _refuse(out: Path, source: Path, overwrite: bool, ours: Callable[[Path], str]) -> None:

@@ -17,6 +17,7 @@ from megatron_rocm.checkpoint.convert.from_megatron import FromMegatron
 from megatron_rocm.checkpoint.convert.table import weights
 from megatron_rocm.checkpoint.convert.to_megatron import write_checkpoint
 from megatron_rocm.cli import main
+from megatron_rocm.platform.disk import to_ourselves
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +249,13 @@ def test_a_destination_never_costs_a_source(models, tmp_path, capsys):
     assert convert("megatron-to-hf", other, other / "hf") == 0
     assert "with hf" in failed(capsys, "hf-to-megatron", models / "llama3", other, "--overwrite")
     assert manifest.faults(inner, full=True) == []
+
+
+def test_two_conversions_to_one_destination(models, tmp_path, capsys):
+    out = tmp_path / "out"
+    with to_ourselves(str(out), "destination"):
+        assert "another run is writing there" in failed(capsys, "hf-to-megatron", models / "llama3", out)
+    assert convert("hf-to-megatron", models / "llama3", out) == 0
 
 
 def test_a_destination_that_is_no_plain_folder(models, tmp_path, capsys, monkeypatch):

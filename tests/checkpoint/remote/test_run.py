@@ -56,6 +56,11 @@ def test_a_run_goes_on_on_a_bare_machine_from_the_newest_whole_checkpoint(
     assert "going on after iteration 4" in said
     assert losses(first)[:4] + losses(second) == undisturbed
     assert held.tracked(store) == 8
+    damaged = next((tmp_path / "second/local/iter_0000008").glob("*.distcp"))
+    damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
+    said = execute(second)
+    assert f"remove it, and the next start fetches it from {address} again" in said
+    assert "going on after iteration 6" in said
     # Only loaded from: nothing is sent, another folder is saved into.
     third = saved(tmp_path, "third", str(tmp_path / "folder"), 8, load=f"{address}/iter_0000006")
     said = execute(third)
