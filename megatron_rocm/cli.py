@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ COMMANDS = {
     "data": ("megatron_rocm.data.command", "preprocess text; inspect, merge, split, concat or index .bin/.idx pairs"),
     "checkpoint": ("megatron_rocm.checkpoint.command", "ls, show, verify, diff or prune checkpoints: ls|… DIR"),
     "convert": ("megatron_rocm.checkpoint.convert.command", "Llama weights between Hugging Face, Meta and Megatron"),
+    "tune": ("megatron_rocm.tune.command", "the fastest right kernel for each matrix product: [KEY=VALUE …]"),
+    "doctor": ("megatron_rocm.doctor.command", "can this machine train, how fast, and what would mend it; --json"),
     "demo": ("megatron_rocm.demo", "data, training, export and a few generated lines, on any machine"),
 }
 
@@ -31,12 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(command: Callable[[], int]) -> int:
     """Run what a script of its own does; the exit status as `main` has it, with the same messages."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no "×" gets "?" for it
     try:
         status = command()
-        sys.stdout.flush()
+        if sys.stdout:  # None where it was closed: `>&-`
+            sys.stdout.flush()
         return status
     except UsageError as error:
         print(f"megatron-rocm: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"megatron-rocm: {error.filename or 'a file'}: {error.strerror} for this user", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

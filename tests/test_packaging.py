@@ -38,9 +38,13 @@ OF_EXTRAS = {
     "datasets": "datasets",
     "flash_attn": "flash-attn",
     "mlperf_logging": "mlperf-logging",
+    "pynvml": "nvidia-ml-py",
     "transformer_engine": "transformer-engine",
     "wandb": "wandb",
 }
+
+# What comes with ROCm, of its version.
+OF_ROCM = {"amdsmi"}
 
 # What benchmarks compare with where somebody has installed it.
 PEERS = {"datatrove", "mistral-common", "torchtitan"}
@@ -77,7 +81,7 @@ def undeclared(folders: list[Path], at_import: set[str], lazily: set[str]) -> li
     found = []
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         for name, lazy, line in imports(path):
-            if name in sys.stdlib_module_names or name in ours:
+            if name in sys.stdlib_module_names or name in ours | OF_ROCM:
                 continue
             dists = {canonicalize_name(dist) for dist in providers.get(name, [OF_EXTRAS.get(name, name)])}
             if not dists & (at_import | lazily if lazy else at_import):

@@ -7,8 +7,10 @@ python tools/generate_docs.py --check    # exit status 1 where one is out of dat
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from megatron_rocm.config.changes import ASK, FREE, NEVER, ROWS, WARN
 from megatron_rocm.config.others import OTHERS
@@ -18,7 +20,10 @@ from megatron_rocm.config.schema import variables
 from megatron_rocm.config.variable import NO_EFFECT, OURS, REFUSED, REPAIRED, WORKS
 from megatron_rocm.errors import UsageError
 from megatron_rocm.platform.machine import find
-from megatron_rocm.platform.settings import GEMM_TUNING, SETTINGS
+from megatron_rocm.platform.network import AINIC
+from megatron_rocm.platform.settings import NOT_SET, SETTINGS, Setting
+from megatron_rocm.platform.sources import Source
+from megatron_rocm.platform.transformer_engine import NEEDS, PACKAGE, USES, Need
 from megatron_rocm.resolve import resolve
 from megatron_rocm.resolve.rules import RULES
 
@@ -69,22 +74,104 @@ def models_page() -> str:
 
 
 def environment_page() -> str:
+    """Each setting with its reason, source and condition; then what is left alone."""
     rows = [
-        (
-            f"`{row.name}`",
-            f"`{row.value}`" if isinstance(row.value, str) else "computed",
-            row.why + " (forced)" * row.forced,
-            row.source,
-        )
-        for row in (*SETTINGS, *GEMM_TUNING)
+        (f"`{row.name}`", _value(row), _when(row), row.why + _OVER[row.over], _source(row.source)) for row in SETTINGS
     ]
     return "\n".join([
         MADE,
         "# Environment settings\n",
         "What the launcher sets for a run's processes where it applies; `DRY_RUN=1` prints what applies to a run. "
-        "A value of your own wins, but where the row says forced.\n",
-        table(("name", "value", "why", "source"), rows),
+        "A value of your own wins, from the environment or as a `KEY=VALUE` argument; a row that wins over it says so. "
+        "Where two recommendations contradict each other the condition decides, never the order: at most one row of a "
+        "name applies to a run. Which network cards are used is in [network.md](network.md).\n",
+        table(("name", "value", "when", "why", "source"), rows),
+        "## With Pensando's network cards\n",
+        "Over several nodes, and over the rows above; a value of your own wins.\n",
+        table(
+            ("name", "value", "why", "source"),
+            [(f"`{row.name}`", f"`{row.value}`", row.why, _source(row.source)) for row in AINIC],
+        ),
+        "## Not set, and why\n",
+        "What AMD's scripts, images and submissions set besides.\n",
+        table(("name", "why not"), [(_names(names), why) for names, why in NOT_SET.items()]),
+        "None of these was measured here on an AMD GPU: they are their sources' advice. The rows for FP8 wait for "
+        "TE_FP8, which is refused so far.\n",
     ])  # fmt: skip
+
+
+_OVER = {
+    "nothing": "",
+    "environment": " (over the environment; a `KEY=VALUE` argument wins)",
+    "all": " (over a value of yours)",
+}
+
+
+def _value(row: Setting) -> str:
+    if not isinstance(row.value, str):
+        return "computed"
+    return f"`{row.value}`" if row.value else "taken away"
+
+
+# Values of a condition's axes that do not speak for themselves.
+WORDS = {
+    "vendor": {"amd": "AMD", "nvidia": "NVIDIA", "cpu": "no GPU"},
+    "blackwell": {"no": "not Blackwell"},
+    "nodes": {"one": "one node", "several": "several nodes"},
+    "tier": {"te": "Transformer Engine"},
+    "layout": {"fsdp": "FSDP", "replicated": "without FSDP"},
+    "deterministic": {"yes": "DETERMINISTIC=1", "no": "not DETERMINISTIC=1"},
+    "gemm_tuning": {"1": "GEMM_TUNING=1", "hipblaslt": "GEMM_TUNING=FILE", "tunableop": "GEMM_TUNING=FILE of torch's"},
+    "target": {"cpu": "TARGET=cpu"},
+}
+
+
+def _when(row: Setting) -> str:
+    """A row's condition in words."""
+    parts = []
+    for axis, values in row.when.items():
+        named = " or ".join(WORDS.get(axis, {}).get(value, value) for value in values)
+        parts.append(f"FP8 {named}" if axis == "fp8" else named)
+    return "; ".join(parts) or "always"
+
+
+def _source(source: Source) -> str:
+    """A link to it, by a short name."""
+    core = "https://github.com/NVIDIA/Megatron-LM/blob/core_r0.16.0/megatron/core/"
+    prefix = {"here": "../", "megatron-core": core}.get(source.kind, "")
+    names = {"file": f"{source.place} {Path(source.path).name}", "page": urlsplit(source.place).netloc}
+    return f"[{names.get(source.kind, Path(source.place).name)}]({prefix}{source.link})"
+
+
+def _names(names: str) -> str:
+    """Variables of a sentence as code."""
+    return re.sub(r"[A-Z0-9]+(?:_[A-Z0-9]+)+(?:_\*)?", lambda match: f"`{match[0]}`", names)
+
+
+def transformer_engine_page() -> str:
+    """Every symbol that megatron-core takes from Transformer Engine, by use."""
+    parts = [
+        MADE,
+        "# What megatron-core 0.16.1 takes from Transformer Engine\n",
+        "By what it is for; `megatron-rocm doctor` checks the installed one against the uses that a run of ours can "
+        "come to. Which releases have what is in [transformer_engine.md](transformer_engine.md).\n",
+    ]
+    for ours, title in ((True, "What runs of ours can come to"), (False, "What they never come to")):
+        parts.append(f"## {title}\n")
+        rows = [
+            (USES[need.use].what, f"`{need.name.removeprefix(f'{PACKAGE}.')}`", _asked(need), f"`{need.at}`",
+             need.since or "any", USES[need.use].without)
+            for need in NEEDS if USES[need.use].ours == ours
+        ]  # fmt: skip
+        head = ("for", f"{PACKAGE}.…", "called with", "by", "from version", "where it is missing")
+        parts.append(table(head, rows))
+    return "\n".join(parts)
+
+
+def _asked(need: Need) -> str:
+    parts = [f"{need.positional} by position"] if need.positional else []
+    parts += [f"`{name}`" for name in need.keywords] + [f"`.{name}`" for name in need.members]
+    return ", ".join(parts)
 
 
 def rules_page() -> str:
@@ -197,6 +284,7 @@ PAGES = {
     "variables.md": variables_page,
     "models.md": models_page,
     "environment.md": environment_page,
+    "transformer_engine_symbols.md": transformer_engine_page,
     "rules.md": rules_page,
     "combinations.md": combinations_page,
     "changes.md": changes_page,

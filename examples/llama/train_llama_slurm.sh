@@ -6,8 +6,9 @@
 #
 # What is left off at the end keeps its default. MODEL_NAME=llama2|llama3 chooses the script (llama3), every other
 # KEY=VALUE goes to it; BS is the number of nodes times BATCH_SIZE_PER_NODE. Partition and account are sbatch's own
-# options: sbatch -p … -A …, and --gres=gpu:8 where a cluster wants GPUs asked for by name. The checkout, with its
-# .venv, lies on a file system that all nodes share.
+# options: sbatch -p … -A …, and --gres=gpu:8 where a cluster wants GPUs asked for by name. Each node finds the network
+# interface that leads to the first one; NETWORK_INTERFACE=… names it. The checkout, with its .venv, lies on a file
+# system that all nodes share.
 #SBATCH --job-name=llama
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -26,7 +26,6 @@ OTHERS = (
     Other("MOCK_DATA", "", "1: mock data, 0: DATA_PATH is needed", WORKS, "older scripts' word for DATA_PATH unset", ("0", "1")),
     Other("DATA_DIR", "", "older scripts' folder for tokenizer files", NO_EFFECT, "prepare_dataset.sh's folder; the Hugging Face cache holds tokenizers"),
     Other("MCORE", "1", "megatron-core's models", NO_EFFECT, "there are no others upstream; MCORE=0 is refused", ("1",)),
-    Other("GEMM_TUNING", "1", "Transformer Engine's GEMM auto-selection", WORKS, "AMD with Transformer Engine", ("0", "1")),
     Other("CKPT_FORMAT", "torch_dist", "checkpoint format", REPAIRED, "torch_dist is the one there is: `torch` belongs to Megatron-LM's own trainer", ("torch_dist",)),
     Other("HF_TOKEN", "", "Hugging Face token for a gated tokenizer", WORKS, "from the environment only"),
     Other("WANDB_API_KEY", "", "turns Weights & Biases on", WORKS, "from the environment only; needs `pip install megatron-rocm[wandb]`"),

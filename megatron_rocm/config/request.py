@@ -29,7 +29,7 @@ from megatron_rocm.errors import UsageError
 # A secret on a command line is readable by every user of the machine.
 ENVIRONMENT_ONLY = ("HF_TOKEN", "WANDB_API_KEY")
 ADDRESSES = ("SAVE_CKPT_PATH", "LOAD_CKPT_PATH")  # or folders
-PATHS = ("LOG_DIR", *ADDRESSES, "LOCAL_CKPT_PATH", "DATA_CACHE_PATH", "TOKENIZER_MODEL", *PATH_VARIABLES)
+PATHS = ("LOG_DIR", *ADDRESSES, "LOCAL_CKPT_PATH", "DATA_CACHE_PATH", "TOKENIZER_MODEL", "GEMM_TUNING", *PATH_VARIABLES)
 
 
 @dataclass(frozen=True)

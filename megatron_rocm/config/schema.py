@@ -331,6 +331,12 @@ class Launch(Section):
     )
     master_port: int = var("MASTER_PORT", BY_RULE, "TCP port on node 0", text="6000; 6020 for Llama 2", ge=1, le=65535)
     rdzv_timeout: int = var("RDZV_TIMEOUT", 600, "seconds to wait for the other nodes", state=OURS, ge=5, le=MOST)
+    network_interface: str = var(
+        "NETWORK_INTERFACE", "", "interface for connections between nodes, by its whole name",
+        text="the one that the route to MASTER_ADDR takes", pattern=r"^[^\s/,=^]{0,15}$",
+        values="the name of one network interface", state=REPAIRED,
+        note="found by each node: the guide's Slurm script has one name for all; docs/network.md",
+    )  # fmt: skip
     exp_name: str = var(
         "EXP_NAME",
         "perf",
@@ -340,6 +346,11 @@ class Launch(Section):
     )
     log_dir: str = var("LOG_DIR", BY_RULE, "run folder", text="experiment/<what>/<precision>/<time>")
     tee_output: bool = var("TEE_OUTPUT", True, "show the log as well as writing it to the run folder")
+    gemm_tuning: str = var(
+        "GEMM_TUNING", "1", "kernels of matrix products: 1 Transformer Engine tries some at the first call, 0 the library's "
+        "own choice, or a file of `megatron-rocm tune`", values="0, 1 or a file of `megatron-rocm tune`",
+        note="on AMD; 1 with Transformer Engine; docs/tuning.md",
+    )  # fmt: skip
     no_training: bool = var("NO_TRAINING", False, "train nothing, print the summary of LOG_DIR's log")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_rocm.config.schema import RunConfig, Section
 from megatron_rocm.data.mixture import table
 from megatron_rocm.launch.command import command
+from megatron_rocm.platform.network import VARIABLES
 from megatron_rocm.resolve import Resolution
 from megatron_rocm.train.ramp import samples_of
 
@@ -40,7 +41,18 @@ def short(resolution: Resolution) -> str:
         lines.append(textwrap.fill(values, 118, initial_indent=f"{section:<13}", subsequent_indent=" " * 13,
                                    break_long_words=False, break_on_hyphens=False))  # fmt: skip
     told = data_lines(resolution.config) if resolution.config.launch.node_rank == 0 else []
-    return "\n".join([*lines, *(f"note: {note}" for note in resolution.notes), *told])
+    return "\n".join([*lines, *(f"note: {note}" for note in resolution.notes), *network_lines(resolution), *told])
+
+
+def network_lines(resolution: Resolution) -> list[str]:
+    """What this node offers the others to talk over, and why; nothing for a single node."""
+    if resolution.config.parallel.nnodes == 1:
+        return []
+    rows = resolution.environment
+    chosen = [(name, *rows[name]) for name in VARIABLES if name in rows]
+    return [
+        f"network: {name}={value}: {why}" if value else f"network: {name} unset: {why}" for name, value, why in chosen
+    ]
 
 
 def data_lines(run: RunConfig) -> list[str]:

@@ -39,16 +39,21 @@ def folders(run: RunConfig) -> None:
 def check(run: RunConfig) -> None:
     """The libraries and the checkpoint are there, the port is free. Raises UsageError for the first that is not so."""
     for module, way_out in NEEDED:
-        if not _importable(module):
+        if not importable(module):
             raise UsageError(f"the Python package {module} is missing: {way_out}")
+    checkpoint(run)
+    if run.launch.node_rank == 0:
+        check_port(run.launch.master_port)
+
+
+def checkpoint(run: RunConfig) -> None:
+    """What the run would go on from can be used. Raises UsageError where it can't."""
     remote = {"SAVE_CKPT_PATH": run.checkpoint.save, "LOAD_CKPT_PATH": run.checkpoint.load}
     remote = {variable: address for variable, address in remote.items() if is_remote(address)}
     for variable, address in remote.items():
         require(variable, str(address))
     if not remote:  # or else what is there is known when the store is asked, by the run's own processes
         find(run)
-    if run.launch.node_rank == 0:
-        check_port(run.launch.master_port)
 
 
 def writable(variable: str, folder: Path) -> None:
@@ -111,7 +116,8 @@ def _bind(port: int) -> int:
     return port
 
 
-def _importable(module: str) -> bool:
+def importable(module: str) -> bool:
+    """Whether the module is there, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-import megatron_rocm
 from megatron_rocm.config.address import is_remote
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
@@ -24,7 +23,7 @@ from megatron_rocm.launch.command import command, config_file, log_file
 from megatron_rocm.launch.dry_run import short
 from megatron_rocm.launch.lock import NAME, Lock
 from megatron_rocm.platform import startup
-from megatron_rocm.platform.process import PARENT
+from megatron_rocm.platform.process import PARENT, make_importable
 from megatron_rocm.resolve import Resolution
 
 # What may still come out of the pipe once the agent is gone, in seconds: a stray grandchild can hold it open.
@@ -76,11 +75,7 @@ def environment(resolution: Resolution, log: Path) -> dict[str, str]:
     values = {**os.environ, **{name: value for name, (value, _) in resolution.environment.items()}}
     for name in [name for name, (value, _) in resolution.environment.items() if not value]:
         del values[name]  # an empty setting is an unset one
-    # A folder `megatron` where the user happens to stand must not be taken for the package (Python 3.11 and later).
-    values.setdefault("PYTHONSAFEPATH", "1")
-    home = Path(megatron_rocm.__file__).resolve().parents[1]
-    if home.name not in ("site-packages", "dist-packages"):
-        values["PYTHONPATH"] = os.pathsep.join([str(home), *filter(None, [values.get("PYTHONPATH")])])
+    make_importable(values)
     values[PARENT] = str(os.getpid())
     values[startup.CLOCK] = f"{startup.born()} {startup.now()}"
     values[torchrun.LOG] = str(log)

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from megatron_rocm.platform import route
 from megatron_rocm.platform.process import PARENT, die_with_parent, write_whole_lines
 
 # A signal to a process group, or from Slurm to every process, arrives twice: directly and from the launcher.
@@ -217,24 +218,24 @@ def _missing_gpus() -> str:
 
 
 def _rendezvous_failed(options: Any, error: Exception) -> str:
-    where = f"MASTER_ADDR={options.master_addr} MASTER_PORT={options.master_port}"
+    """What went wrong where, and what this node's network says of it."""
+    rank, master, port = options.node_rank, options.master_addr, int(options.master_port)
+    where = f"MASTER_ADDR={master} MASTER_PORT={port}"
     reason = " ".join(str(error).split("\nException raised")[0].split())
-    if options.node_rank == 0:
-        if "EADDRINUSE" in reason or "already in use" in reason:
-            return f"{where}: the port is in use on this machine; choose another MASTER_PORT"
-        if "clients joined" not in reason:
-            return (
-                f"{where}: node 0 can't reach itself there: MASTER_ADDR must be a name or address of node 0 ({reason})"
-            )
-        return (
-            f"{where}: not all of NNODES={options.nnodes} nodes arrived in time: start one launch per node, "
-            f"NODE_RANK=0 to {int(options.nnodes) - 1 if options.nnodes.isdigit() else 'N-1'}, "
-            f"within RDZV_TIMEOUT seconds ({reason})"
-        )
-    return (
-        f"{where}: node rank {options.node_rank} can't reach node 0 there within RDZV_TIMEOUT seconds: is it started, "
-        f"is the name right on this machine, does a firewall close the port? ({reason})"
-    )
+    if rank == 0 and ("EADDRINUSE" in reason or "already in use" in reason):
+        return f"{where}: the port is in use on this machine; choose another MASTER_PORT"
+    tried = route.tried(master, port, is_master=rank == 0)
+    if rank != 0:
+        what = f"node rank {rank} can't reach node 0 there within RDZV_TIMEOUT seconds"
+        ask = "Is node 0 started, is the name right on this machine, does a firewall close the port?"
+    elif "clients joined" in reason:
+        last = int(options.nnodes) - 1 if options.nnodes.isdigit() else "N-1"
+        what = f"not all of NNODES={options.nnodes} nodes arrived within RDZV_TIMEOUT seconds"
+        ask = f"Is one launch per node started, NODE_RANK=0 to {last}? Does a firewall here close the port?"
+    else:
+        what = "node 0 can't reach itself there"
+        ask = "MASTER_ADDR must be a name or address of node 0"
+    return f"{where}: {what}; {tried}. {ask} ({reason})"
 
 
 def _say(text: str) -> None:

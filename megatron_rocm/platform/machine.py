@@ -137,19 +137,75 @@ def _amd_gpus(root: Path) -> tuple[tuple[Gpu, ...], str] | None:
         banks = [_properties(bank / "properties") for bank in node.glob("mem_banks/[0-9]*")]
         # Heap types 1 and 2 are the GPU's own memory (HSA_HEAPTYPE_FRAME_BUFFER_PUBLIC and _PRIVATE).
         memory = sum(bank.get("size_in_bytes", 0) for bank in banks if bank.get("heap_type") in (1, 2))
-        name = _text(node / "name") or arch
-        found.append(Gpu(memory, f"AMD {name}", f"GPU-{properties.get('unique_id', 0):016x}"))
+        found.append(Gpu(memory, _amd_name(root, node, properties, arch), f"GPU-{properties.get('unique_id', 0):016x}"))
     return (tuple(found), arch) if found else None
 
 
+def _amd_name(root: Path, node: Path, properties: Mapping[str, int], arch: str) -> str:
+    """What its maker calls it, where the card's memory tells (product_name, Linux Documentation/gpu/amdgpu).
+
+    Else the driver's code name; newer chips have none ("ip discovery"), only an architecture.
+    """
+    card = root / f"sys/class/drm/renderD{properties.get('drm_render_minor', 0)}/device"
+    code = text(node / "name")
+    product = text(card / "product_name") or ("" if code == "ip discovery" else code) or arch
+    return product if product.startswith("AMD") else f"AMD {product}"
+
+
 def _properties(path: Path) -> dict[str, int]:
-    pairs = (line.split() for line in _text(path).splitlines())
+    pairs = (line.split() for line in text(path).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def xgmi_pairs(root: Path = Path("/")) -> tuple[int, int]:
+    """Pairs of AMD GPUs (or partitions) that XGMI links, and all pairs, from the KFD topology.
+
+    Link type 11 is XGMI (HSA_IOLINKTYPE_XGMI in Linux drivers/gpu/drm/amd/amdkfd/kfd_crat.h).
+    """
+    nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("[0-9]*")
+    gpus = {int(node.name): node for node in nodes if _properties(node / "properties").get("simd_count")}
+    linked = set()
+    for number, node in gpus.items():
+        for link in node.glob("io_links/[0-9]*/properties"):
+            properties = _properties(link)
+            if properties.get("type") == 11 and properties.get("node_to") in gpus:
+                linked.add(frozenset((number, properties["node_to"])))
+    return len(linked), len(gpus) * (len(gpus) - 1) // 2
+
+
+def render_devices(root: Path = Path("/")) -> tuple[str, ...]:
+    """Names under /dev/dri of the AMD GPUs that this container may read, from the KFD topology."""
+    nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("[0-9]*/properties")
+    minors = {properties.get("drm_render_minor", 0) for properties in map(_properties, nodes)}
+    return tuple(f"renderD{minor}" for minor in sorted(minors) if minor)
+
+
+# PCI vendor → its classes of compute devices: 3D and display controllers without a monitor, processing accelerators.
+_ACCELERATORS = {"0x1002": ("0x0380", "0x1200"), "0x10de": ("0x0302",)}
+_VENDORS: dict[str, Vendor] = {"0x1002": "amd", "0x10de": "nvidia"}
+
+
+def accelerators(root: Path = Path("/")) -> dict[Vendor, int]:
+    """Vendor → compute devices on the PCI bus, whether or not a driver or a container lets them be used."""
+    found: dict[Vendor, int] = {}
+    for device in (root / "sys/bus/pci/devices").glob("*"):
+        vendor = text(device / "vendor")
+        if text(device / "class")[:6] in _ACCELERATORS.get(vendor, ()):
+            found[_VENDORS[vendor]] = found.get(_VENDORS[vendor], 0) + 1
+    return found
+
+
+def driver(vendor: Vendor, root: Path = Path("/")) -> str:
+    """The kernel driver's version; "" where there is none, or it is the kernel's own and has no number."""
+    if vendor == "amd":
+        return text(root / "sys/module/amdgpu/version")
+    said = re.search(r"Kernel Module\b.*?\s(\d+(?:\.\d+)+)\s", text(root / "proc/driver/nvidia/version"))
+    return said[1] if vendor == "nvidia" and said else ""
 
 
 def _partition(root: Path) -> str:
     for device in sorted((root / "sys/class/drm").glob("card[0-9]*/device")):
-        modes = [_text(device / f"current_{what}_partition") for what in ("compute", "memory")]
+        modes = [text(device / f"current_{what}_partition") for what in ("compute", "memory")]
         if all(modes):
             return "/".join(modes)
     return ""
@@ -212,10 +268,10 @@ def _output(environment: Mapping[str, str], *command: str) -> str:
 
 def _host_memory(root: Path) -> int:
     """Bytes of memory this process may use: the machine's, or its control group's where that is less."""
-    total = re.search(r"MemTotal:\s+(\d+) kB", _text(root / "proc/meminfo"))
+    total = re.search(r"MemTotal:\s+(\d+) kB", text(root / "proc/meminfo"))
     limits = [int(total[1]) * 1024] if total else []
     for group in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        limit = _text(root / group)
+        limit = text(root / group)
         if limit.isdigit():
             limits.append(int(limit))
     return min(limits, default=0)
@@ -225,7 +281,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _text(path: Path) -> str:
+def text(path: Path) -> str:
+    """A file's content without the space around it, "" where it can't be read."""
     try:
         return path.read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a process of a run does before anything else: end with its parent, and write whole lines."""
+"""What a process of a run needs before anything else: to find the package, end with its parent, write whole lines."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
+
+import megatron_rocm
 
 # Names the process that a child must not outlive; set by whoever starts one.
 PARENT = "MEGATRON_ROCM_PARENT"
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PF_EXITING = 0x4  # linux/sched.h
 
 
 def die_with_parent() -> None:
@@ -20,11 +24,29 @@ def die_with_parent() -> None:
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     parent = os.environ.get(PARENT, "")
-    if parent and not os.path.exists(f"/proc/{parent}"):  # it died before the call
+    if parent and _ended(parent):  # before the call
         os._exit(128 + signal.SIGKILL)
+
+
+def _ended(pid: str) -> bool:
+    """Whether a process is gone, or has begun to go: its name stays until it is waited for (proc(5), stat)."""
+    try:
+        said = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    return bool(int(said.rpartition(")")[2].split()[6]) & _PF_EXITING)
 
 
 def write_whole_lines() -> None:
     """One write per line: lines of processes that share a pipe don't mix. torchrun's `python -u` would split them."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
+
+
+def make_importable(environment: dict[str, str]) -> None:
+    """Have `python -m megatron_rocm…` with this environment find this very package, wherever it is started."""
+    # A folder `megatron` where the user happens to stand must not be taken for the package (Python 3.11 and later).
+    environment.setdefault("PYTHONSAFEPATH", "1")
+    home = Path(megatron_rocm.__file__).resolve().parents[1]
+    if home.name not in ("site-packages", "dist-packages"):
+        environment["PYTHONPATH"] = os.pathsep.join([str(home), *filter(None, [environment.get("PYTHONPATH")])])

@@ -6,6 +6,7 @@ import datetime
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_rocm.config import core_fields, schema
@@ -17,10 +18,13 @@ from megatron_rocm.data.facts import DataFacts, check_size, describe
 from megatron_rocm.data.hub import is_hub_name
 from megatron_rocm.errors import UsageError
 from megatron_rocm.plan.memory import GIB, lower_bound
+from megatron_rocm.platform import network
 from megatron_rocm.platform.machine import Machine
+from megatron_rocm.platform.route import way_to
 from megatron_rocm.platform.settings import environment
 from megatron_rocm.resolve.defaults import draft_of
 from megatron_rocm.resolve.rules import Draft, TooFewProcesses
+from megatron_rocm.tune import tuned
 
 VOCAB_MULTIPLE = 128  # Megatron-LM's make_vocab_size_divisible_by, times TP
 MOST_NODES = 4096
@@ -71,9 +75,16 @@ def resolve(
         check_size(config.data.paths, draft["SPLIT"], draft["SEQ_LENGTH"], names)
     elif facts is None and request.text("TOKENIZER_MODEL"):
         draft.notes.append("TOKENIZER_MODEL is looked up when the run starts; here the vocabulary is the published one")
-    tuning = request.text("GEMM_TUNING", "1") == "1"
-    settings = environment(config, machine, said_environment or {}, request.exports, tuning)
+    tuned.check(config, machine, {**(said_environment or {}), **request.exports})
+    settings = environment(config, machine, said_environment or {}, request.exports)
+    settings |= _network(config, machine, {**(said_environment or {}), **request.exports}, dry_run)
     return Resolution(config, draft.origins, draft.notes, settings, request, machine)
+
+
+def _network(config: RunConfig, machine: Machine, said: dict[str, str], dry_run: bool) -> dict[str, tuple[str, str]]:
+    """What the nodes talk over. A run waits for MASTER_ADDR to get an address, a plan does not."""
+    patience = 0 if dry_run else config.launch.rdzv_timeout
+    return network.choose(config, machine, said, route=partial(way_to, patience=patience), plan=dry_run)
 
 
 def _data(request: RunRequest, dry_run: bool, describe: Describe) -> DataFacts | None:

@@ -17,6 +17,7 @@ from megatron.core import tensor_parallel
 
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
+from megatron_rocm.train import meeting
 
 # A rank may wait this long for another in a collective: for a slow disk or a dataset's index, not for a dead peer
 # (torchrun notices those).
@@ -34,6 +35,9 @@ def connect(run: RunConfig) -> None:
         torch.cuda.set_device(local_rank)
     seconds = run.launch.rdzv_timeout
     where = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+    if run.parallel.nnodes > 1:
+        name, address = meeting.interface(run)
+        where += f", over {name} ({address})"
     unreachable = UsageError(
         f"node {run.launch.node_rank} could not reach the master at {where} within {seconds} seconds: "
         "is the run started on node 0, are MASTER_ADDR and MASTER_PORT right, is the port open?"
@@ -48,18 +52,24 @@ def connect(run: RunConfig) -> None:
     except Exception as error:  # rank 0 may keep the store itself, and then waits there for the others
         raise (absent if os.environ["RANK"] == "0" else unreachable) from error
     store.set_timeout(wait)
-    _store.append(store)
     try:
         everyone(store, "joined", rank, world_size)
     except Exception as error:
         raise absent from error
-    dist.init_process_group(
-        "nccl" if gpu else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=max(COLLECTIVE_TIMEOUT, run.checkpoint.save_timeout)),
-    )
+    meeting.meet(store, run, rank)
+    with meeting.deadline(max(meeting.SLOWEST, seconds), run, rank):
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=max(COLLECTIVE_TIMEOUT, run.checkpoint.save_timeout)),
+        )
+        # NCCL connects in the first collective, which may never end; gloo has done so by now.
+        dist.all_reduce(torch.zeros(1, device="cuda" if gpu else "cpu"))
+        if gpu:
+            torch.cuda.synchronize()
+    _store.append(store)  # not before: what keeps nodes apart is told on each of them
 
 
 def store() -> dist.Store:

@@ -38,6 +38,7 @@ SENSIBLE |= {
     "RECOMPUTE_METHOD": st.sampled_from(["block", "uniform"]),
     "RECOMPUTE_MODULES": st.sampled_from(["core_attn", "core_attn,mlp", "mlp"]),
     "RAMPUP_BATCH_SIZE": st.sampled_from(["8 8 100", "16,16,1000", "1 1 0"]),
+    "GEMM_TUNING": st.sampled_from(["0", "1", "tuned.json"]),
     "LR_DECAY_STYLE": st.sampled_from(["cosine", "linear", "constant", "WSD"]),
     "LR_WSD_DECAY_STYLE": st.sampled_from(["exponential", "linear", "cosine", "minus_sqrt"]),
     "ALLOW_CHANGE": st.sampled_from(["SEED", "SEED,DATA_PATH", "LR"]),
