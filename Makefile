@@ -13,11 +13,11 @@ bin := $(VENV)/bin
 # Folders that may hold shell scripts; shfmt -f finds them by name or first line.
 shell_folders = $(wildcard .ci benchmarks examples megatron_rocm tests tools)
 
-.PHONY: help venv demo test soak lint bench
+.PHONY: help venv demo test images soak lint bench
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 13
-	@printf '\nVariables: ARGS (for demo, test, soak, bench), PYTHON, VENV, TORCH_INDEX_URL (an index with torch for this machine)\n'
+	@printf '\nVariables: ARGS (for demo, test, images, soak, bench), PYTHON, VENV, TORCH_INDEX_URL (an index with torch for this machine)\n'
 
 venv: ## make .venv, or update it if what it is made from has changed
 	@command -v $(PYTHON) >/dev/null || { echo "make venv: no $(PYTHON) on PATH: install Python 3.10 to 3.13" >&2; exit 2; }
@@ -29,14 +29,21 @@ demo: venv ## train a small Llama on real text, then let it write (ARGS: KEY=VAL
 test: venv ## run the tests, two files at a time (ARGS: pytest's arguments)
 	@$(bin)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-soak: venv ## kill training that saves with kill -9, 200 times (ARGS: the arguments of tests/checkpoint/killer.py)
-	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(bin)/python -W ignore tests/checkpoint/killer.py "$$folder" --kills 200 $(ARGS)
+images: venv ## as root: build both images over a stand-in for the vendors' and train in them (ARGS: rocm or cuda)
+	@$(bin)/python tests/images/build.py $(ARGS)
 
-lint: venv ## check the style, the shell scripts and the types
+soak: venv ## kill training that saves with kill -9, 200 times on a folder and 200 with an S3 server (ARGS: for tests/checkpoint/killer.py)
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && kill=(tests/checkpoint/killer.py --kills 200 $(ARGS)) \
+		&& $(bin)/python -W ignore "$${kill[@]}" "$$folder/one" \
+		&& $(bin)/python -W ignore tests/s3.py $(bin)/python -W ignore "$${kill[@]}" "$$folder/two" --bare 0.4 \
+			--set 'save="s3://checkpoints/soak"' --upload record file part manifest tracker retention
+
+lint: venv ## check the style, the shell scripts, the Dockerfiles and the types
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/shfmt -d -i 2 $(shell_folders)
 	$(bin)/shfmt -f $(shell_folders) | xargs $(bin)/shellcheck
+	$(bin)/hadolint Dockerfile.*
 	$(bin)/mypy megatron_rocm
 
 bench: venv ## run the benchmarks

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Make the checkout's virtual environment, or reuse it.
 
-    python3 tools/make_venv.py                 # .venv with the package and its `dev` extra
-    python3 tools/make_venv.py --constraints   # print constraints.txt less what this Python already has (Dockerfiles)
+    python3 tools/make_venv.py                        # .venv with the package and its `dev` extra
+    python3 tools/make_venv.py --constraints          # print constraints.txt less what this Python already has
+    python3 tools/make_venv.py --requirements WHEEL   # print what a wheel of the package requires (both: Dockerfiles)
 
 Run by the Python that the environment is to be made of, with nothing but its standard library. Where that Python has
 a torch that sees a GPU (a ROCm or NVIDIA container) the environment lies on top of it and torch is left alone;
@@ -137,6 +138,12 @@ def constraints_on_top(constraints: str, have: dict[str, str], also_pinned: set[
     kept = [line for line in constraints.splitlines() if requirement_name(line) not in settled]
     held = [f"{name}=={have[name]}" for name in sorted(have) if HELD.fullmatch(name)]
     return "\n".join([*kept, *held, ""])
+
+
+def requirements(wheel: str) -> list[str]:
+    """What the wheel requires, without its extras."""
+    (package,) = importlib.metadata.distributions(path=[wheel])
+    return [line for line in package.requires or [] if not re.search(r"\bextra\b", line)]
 
 
 def pip_constraint_names(environ: dict[str, str]) -> set[str]:
@@ -336,6 +343,9 @@ def main(arguments: list[str]) -> int:
         if arguments == ["--constraints"]:
             text = (ROOT / "constraints.txt").read_text()
             print(constraints_on_top(text, installed(), pip_constraint_names(dict(os.environ))))
+            return 0
+        if arguments[:1] == ["--requirements"]:
+            print("\n".join(requirements(arguments[1])))
             return 0
         leave(venv, arguments)
         lock = os.open(ROOT, os.O_RDONLY)  # a second make waits; the kernel lets go however this one ends

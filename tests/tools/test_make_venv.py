@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,18 @@ def test_a_containers_torch_is_pinned_and_the_rest_of_it_left_alone():
 
 def test_without_a_container_every_pin_stays():
     assert make_venv.constraints_on_top(CONSTRAINTS, {}, set()) == CONSTRAINTS
+
+
+def test_what_a_wheel_requires_without_its_extras(tmp_path):
+    wheel = tmp_path / "megatron_rocm-1.0-py3-none-any.whl"
+    lines = ["torch>=2.6", "tomli>=2.0; python_version < '3.11'", "s3fs>=2024.6; extra == 's3'"]
+    metadata = "Metadata-Version: 2.1\nName: megatron-rocm\nVersion: 1.0\n"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(
+            "megatron_rocm-1.0.dist-info/METADATA", metadata + "".join(f"Requires-Dist: {line}\n" for line in lines)
+        )
+    said = subprocess.run([sys.executable, str(SCRIPT), "--requirements", str(wheel)], **CAPTURE)
+    assert said.stdout.splitlines() == lines[:2]
 
 
 def test_names_of_pip_constraint_files(tmp_path):
