@@ -120,6 +120,7 @@ WORDS = {
     "nodes": {"one": "one node", "several": "several nodes"},
     "tier": {"te": "Transformer Engine"},
     "layout": {"fsdp": "FSDP", "replicated": "without FSDP"},
+    "fp8": {"no": "off"},
     "deterministic": {"yes": "DETERMINISTIC=1", "no": "not DETERMINISTIC=1"},
     "gemm_tuning": {"1": "GEMM_TUNING=1", "hipblaslt": "GEMM_TUNING=FILE", "tunableop": "GEMM_TUNING=FILE of torch's"},
     "target": {"cpu": "TARGET=cpu"},

@@ -13,12 +13,13 @@ from megatron_rocm import __version__
 from megatron_rocm.config.request import Said, read
 from megatron_rocm.doctor import container, devices, health, host, measure, nics, storage, versions
 from megatron_rocm.doctor.finding import Finding, Report, fine, problem, text, verdict, warning
+from megatron_rocm.doctor.measure import Measured
 from megatron_rocm.doctor.patient import Patient, here
 from megatron_rocm.errors import UsageError
 from megatron_rocm.launch import preflight
 from megatron_rocm.launch.train import FAMILIES
 from megatron_rocm.platform.settings import LIBRARY_PREFIXES
-from megatron_rocm.resolve import resolve
+from megatron_rocm.resolve import Resolution, resolve
 
 HELP = f"""megatron-rocm doctor [--json] [--network] [--gemm] [--family {"|".join(FAMILIES)}]
                      [KEY=VALUE …] [FILE.yaml …]
@@ -118,10 +119,7 @@ def examined(patient: Patient, *, network: bool = False, gemm: bool = False) -> 
     rows = {}
     torchless = any(finding.check == "torch" and finding.status == "problem" for finding in findings)
     for name, (measured_by, resolution) in asked.items():
-        if torchless:
-            findings.append(_unmeasured(name))
-            continue
-        measured = measured_by(resolution)
+        measured = _unmeasured(name) if torchless else _measured(name, measured_by, resolution)
         findings.append(measured.finding.model_copy(update={"concern": "measured"}))
         rows[name] = measured.rows
     return Report(
@@ -134,9 +132,20 @@ def examined(patient: Patient, *, network: bool = False, gemm: bool = False) -> 
     )
 
 
-def _unmeasured(option: str) -> Finding:
-    finding = warning(f"--{option}", "not measured", "it is torch that would do it, and torch has a problem here")
-    return finding.model_copy(update={"concern": "measured"})
+def _unmeasured(option: str) -> Measured:
+    return Measured(warning(f"--{option}", "not measured", "torch would do it, and torch has a problem here"))
+
+
+def _measured(option: str, measured_by: Callable[[Resolution], Measured], resolution: Resolution) -> Measured:
+    try:
+        return measured_by(resolution)
+    except OSError as error:  # a disk that is full, or a container that may not write
+        return Measured(
+            problem(
+                f"--{option}", f"{error.filename or 'temporary files'}: {error.strerror or error}",
+                "its processes need a temporary folder", "TMPDIR=<a folder you can write to>",
+            )
+        )  # fmt: skip
 
 
 def _held(checks: Callable[[Patient], Iterator[Finding]], patient: Patient) -> Iterator[Finding]:

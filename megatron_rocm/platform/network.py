@@ -91,9 +91,7 @@ def choose(
     return chosen
 
 
-def socket_interface(
-    environment: Mapping[str, str], there: Sequence[Interface], vendor: str
-) -> tuple[str, str] | None:
+def socket_interface(environment: Mapping[str, str], there: Sequence[Interface], vendor: str) -> tuple[str, str] | None:
     """(interface, address) that a process with this environment offers its sockets at; None where nothing says so.
 
     NCCL takes the first address that its variable allows, of all interfaces IPv4 before IPv6; gloo its interface's

@@ -18,10 +18,9 @@ from megatron_rocm.platform.machine import text
 
 Kind = Literal["ethernet", "infiniband", "bond", "vlan", "bridge", "container bridge", "veth", "loopback", "virtual"]
 
-# Names that container and virtual machine software gives to what leads nowhere but to its own guests.
-CONTAINERS = re.compile(
-    r"docker|br-[0-9a-f]{12}$|podman|cni|nerdctl|virbr|lxcbr|lxdbr|incusbr|kube-|cbr\d|flannel|cali|cilium|lxc|weave"
-)
+# Names that container and virtual machine software gives to what leads nowhere but to its own guests; its networks
+# between machines (flannel.1, cilium_host, weave) are not among them.
+CONTAINERS = re.compile(r"docker|br-[0-9a-f]{12}$|podman|cni|nerdctl|virbr|lxcbr|lxdbr|incusbr|kube-|cbr\d|cali|lxc")
 LOOPBACK_TYPE, INFINIBAND_TYPE = "772", "32"  # ARPHRD_ of Linux include/uapi/linux/if_arp.h
 IS_UP = 1  # IFF_UP of Linux include/uapi/linux/if.h
 

@@ -74,6 +74,7 @@ class Setting:
     source: Source
     when: Mapping[str, tuple[str, ...]]
     over: Literal["nothing", "environment", "all"] = "nothing"
+    also: tuple[str, ...] = ()  # other names that are read for the same: the user's value under one of them stands
 
     def applies(self, where: Mapping[str, str]) -> bool:
         return all(where[axis] in values for axis, values in self.when.items())
@@ -100,6 +101,7 @@ _ATTENTION = (
     "USE_FLASH_ATTN decides, through megatron-core, which ends where an image has set another kind of attention"
 )
 _AMD_FP8 = ("delayed", "tensorwise", "mxfp8")  # AMD's Transformer Engine has no blockwise recipe
+_TUNED = ("no", "delayed", "tensorwise")  # and does not time kernels for MXFP8
 
 SETTINGS = (
     # the host
@@ -133,7 +135,7 @@ SETTINGS = (
     Setting("HSA_ENABLE_SDMA", "1", "copies go through the DMA engines", by.PRIMUS, on(vendor="amd")),
     Setting("HIP_FORCE_DEV_KERNARG", "1", "kernel arguments lie in the GPU's memory, so that kernels start sooner", by.ROCM_MI300_PAGE, on(arch=_CDNA3)),
     Setting("TORCH_BLAS_PREFER_HIPBLASLT", "1", "torch's own matrix products go through hipBLASLt", by.ROCM_MI300_PAGE, on(arch=_CDNA)),
-    Setting("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "large models in FP8 run out of memory that is free but in pieces", by.PRIMUS_TRAINING, on(arch="gfx942", size="70B and up", fp8=_FP8)),
+    Setting("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "large models in FP8 run out of memory that is free but in pieces", by.PRIMUS_TRAINING, on(arch="gfx942", size="70B and up", fp8=_FP8), also=("PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")),
     # Transformer Engine
     Setting("NVTE_FLASH_ATTN", "", _ATTENTION, by.CORE_LANGUAGE, on(tier="te"), over="environment"),
     Setting("NVTE_FUSED_ATTN", "", _ATTENTION, by.CORE_LANGUAGE, on(tier="te"), over="environment"),
@@ -152,8 +154,8 @@ SETTINGS = (
     Setting("ROCBLAS_DEFAULT_ATOMICS_MODE", "0", "DETERMINISTIC=1: matrix products without atomic additions", by.ROCBLAS_PAGE, on(vendor="amd", deterministic="yes")),
     Setting("TORCH_COMPILE_DISABLE", "1", "DETERMINISTIC=1: torch.compile's Triton kernels race in some versions", by.PRIMUS, on(vendor="amd", deterministic="yes")),
     # GEMM_TUNING; a choice by timing is not repeatable
-    Setting("TE_HIPBLASLT_TUNING_RUN_COUNT", "10", "GEMM_TUNING=1: runs per candidate kernel", by.TE_README, on(vendor="amd", tier="te", gemm_tuning="1", deterministic="no")),
-    Setting("TE_HIPBLASLT_TUNING_ALGO_COUNT", "50", "GEMM_TUNING=1: candidate kernels per shape", by.TE_README, on(vendor="amd", tier="te", gemm_tuning="1", deterministic="no")),
+    Setting("TE_HIPBLASLT_TUNING_RUN_COUNT", "10", "GEMM_TUNING=1: runs per candidate kernel", by.TE_README, on(vendor="amd", tier="te", gemm_tuning="1", deterministic="no", fp8=_TUNED)),
+    Setting("TE_HIPBLASLT_TUNING_ALGO_COUNT", "50", "GEMM_TUNING=1: candidate kernels per shape", by.TE_README, on(vendor="amd", tier="te", gemm_tuning="1", deterministic="no", fp8=_TUNED)),
     Setting("TE_HIPBLASLT_TUNING_RUN_COUNT", "0", "GEMM_TUNING=FILE: Transformer Engine takes hipBLASLt's first choice, which the file names", by.TE_README, on(vendor="amd", tier="te", gemm_tuning="hipblaslt")),
     Setting("HIPBLASLT_TUNING_OVERRIDE_FILE", _tuned, "GEMM_TUNING=FILE: the kernels that `megatron-rocm tune` has judged right", by.HIPBLASLT, on(vendor="amd", gemm_tuning="hipblaslt")),
     Setting("PYTORCH_TUNABLEOP_ENABLED", "1", "GEMM_TUNING=FILE: torch looks up the kernels of its products", by.TUNABLEOP_PAGE, on(vendor=_GPU, gemm_tuning="tunableop")),
@@ -209,6 +211,8 @@ def environment(
     kept = {"nothing": {**said, **exports}, "environment": exports, "all": {}}
     for row in [row for row in SETTINGS if row.applies(where)]:
         value = row.value if isinstance(row.value, str) else row.value(run, machine)
+        if any(name in kept[row.over] for name in row.also):
+            continue
         if row.name in kept[row.over]:
             result[row.name] = kept[row.over][row.name], YOURS
         elif value or row.over == "all" or row.name in said:

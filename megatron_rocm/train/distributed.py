@@ -42,7 +42,7 @@ def connect(run: RunConfig) -> None:
         f"node {run.launch.node_rank} could not reach the master at {where} within {seconds} seconds: "
         "is the run started on node 0, are MASTER_ADDR and MASTER_PORT right, is the port open?"
     )
-    absent = UsageError(
+    absent = (
         f"not all of the run's {run.parallel.world_size} processes have reached the master at {where} within "
         f"{seconds} seconds: start the run on every node, NODE_RANK 0 to {run.parallel.nnodes - 1}"
     )
@@ -50,12 +50,13 @@ def connect(run: RunConfig) -> None:
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))  # type: ignore[attr-defined]
     except Exception as error:  # rank 0 may keep the store itself, and then waits there for the others
-        raise (absent if os.environ["RANK"] == "0" else unreachable) from error
+        raise (UsageError(absent) if os.environ["RANK"] == "0" else unreachable) from error
     store.set_timeout(wait)
+    _store.append(store)
     try:
         everyone(store, "joined", rank, world_size)
     except Exception as error:
-        raise absent from error
+        raise UsageError(absent + _missing(store, run)) from error
     meeting.meet(store, run, rank)
     with meeting.deadline(max(meeting.SLOWEST, seconds), run, rank):
         dist.init_process_group(
@@ -69,7 +70,6 @@ def connect(run: RunConfig) -> None:
         dist.all_reduce(torch.zeros(1, device="cuda" if gpu else "cpu"))
         if gpu:
             torch.cuda.synchronize()
-    _store.append(store)  # not before: what keeps nodes apart is told on each of them
 
 
 def store() -> dist.Store:
@@ -91,6 +91,17 @@ def everyone(store: dist.Store, what: str, rank: int, world_size: int) -> None:
     """Wait until all ranks have come here; raises where the store's timeout is over."""
     store.set(f"{what}/{rank}", "")
     store.wait([f"{what}/{other}" for other in range(world_size)])
+
+
+def _missing(store: dist.Store, run: RunConfig) -> str:
+    """Which nodes have processes that did not join; "" where the store is gone as well."""
+    per_node = run.parallel.gpus_per_node
+    try:
+        ranks = [rank for rank in range(run.parallel.world_size) if not store.check([f"joined/{rank}"])]
+    except dist.DistError:
+        return ""
+    nodes = ", ".join(map(str, dict.fromkeys(rank // per_node for rank in ranks)))
+    return f". {len(ranks)} are missing, of node {nodes}: see its log" if ranks else ""
 
 
 def agree(run: RunConfig) -> None:

@@ -21,7 +21,7 @@ from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
 from megatron_rocm.platform import nics
 from megatron_rocm.platform.network import PORTS, socket_interface
-from megatron_rocm.platform.route import knock, way_to
+from megatron_rocm.platform.route import KNOCK, knock, way_to
 
 PEERS = 8  # nodes that each one tries: all of a small run; of a large one the next ones
 SLOWEST = 60.0  # seconds that a first collective may take where RDZV_TIMEOUT is less
@@ -33,11 +33,13 @@ def meet(store: dist.Store, run: RunConfig, rank: int) -> None:
     """Connect to other nodes as NCCL and gloo will. Every process calls it; the first of each node does it.
 
     Raises UsageError on all of them where one node could not, with its interface, the address and the port it tried.
+    The messages differ from node to node, so that each node's log has one.
     """
     nodes, (node, local) = run.parallel.nnodes, divmod(rank, run.parallel.gpus_per_node)
     if nodes == 1:
         return
     said = [f"meeting/said/{other}" for other in range(nodes)]
+    patience = datetime.timedelta(seconds=run.launch.rdzv_timeout + KNOCK)
     try:
         with contextlib.ExitStack() as open_doors:
             if local == 0:
@@ -45,12 +47,15 @@ def meet(store: dist.Store, run: RunConfig, rank: int) -> None:
                 door = open_doors.enter_context(_listening(address))
                 store.set(f"meeting/door/{node}", f"{name} {address} {door.getsockname()[1]}")
                 others = ((node + step) % nodes for step in range(1, min(PEERS, nodes - 1) + 1))
-                complaint = next(filter(None, (_tried(store, other) for other in others)), "")
+                complaint = next(filter(None, (_tried(store, other, patience) for other in others)), "")
                 store.set(said[node], f"node {node}, {name} ({address}), to {complaint}" if complaint else "")
-            store.wait(said)
+            store.wait(said, patience)
             complaints = [told.decode() for told in store.multi_get(said) if told]
     except dist.DistError as error:
-        raise UsageError(f"node {node}: {_silent(store, said)}; see the logs of the other nodes") from error
+        silent = _silent(store, nodes)
+        if node == 0:  # where the store is, which the others ask the same now
+            time.sleep(LAST_WORDS)
+        raise UsageError(f"node {node}: {silent}; see that node's log") from error
     if not complaints:
         return
     heard = [f"meeting/heard/{other}" for other in range(run.parallel.world_size)]
@@ -58,7 +63,7 @@ def meet(store: dist.Store, run: RunConfig, rank: int) -> None:
         store.set(heard[rank], "")
         store.wait(heard, HEARD)
     raise UsageError(
-        "\n  ".join(["the nodes can't reach each other:", *complaints])
+        "\n  ".join([f"node {node}: the nodes can't reach each other:", *complaints])
         + "\n  NCCL and gloo connect all nodes, on ports that the kernel gives out: let TCP through between them "
         "on these interfaces, or name another one with NETWORK_INTERFACE"
     )
@@ -111,19 +116,22 @@ def _listening(address: str) -> socket.socket:
     return socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET, backlog=128)
 
 
-def _tried(store: dist.Store, other: int) -> str:
+def _tried(store: dist.Store, other: int, patience: datetime.timedelta) -> str:
     """ "" where the other node's door opens, or else what was tried and what came of it."""
-    name, address, port = store.get(f"meeting/door/{other}").decode().split(" ")
+    key = f"meeting/door/{other}"
+    store.wait([key], patience)
+    name, address, port = store.get(key).decode().split(" ")
     reason = knock(address, int(port))
     return f"node {other}, {name} ({address}) port {port}: {reason}" if reason else ""
 
 
-def _silent(store: dist.Store, said: list[str]) -> str:
-    """Who did not say whether it reaches others, where the wait for all of them was in vain."""
-    try:
-        missing = [str(node) for node, key in enumerate(said) if not store.check([key])]
-    except dist.DistError:
-        missing = []
-    if missing:
-        return f"node {', '.join(missing)} went away before it could be tried"
-    return f"node 0 at {os.environ['MASTER_ADDR']} went away before all nodes were tried"
+def _silent(store: dist.Store, nodes: int) -> str:
+    """Which nodes have no door or, where all have one, did not say what they tried."""
+    for what in ("door", "said"):
+        try:
+            missing = [str(node) for node in range(nodes) if not store.check([f"meeting/{what}/{node}"])]
+        except dist.DistError:
+            break
+        if missing:
+            return f"node {', '.join(missing)} went away before the nodes had tried to reach each other"
+    return f"node 0 at {os.environ['MASTER_ADDR']} went away before the nodes had tried to reach each other"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rocm.errors import UsageError
+from megatron_rocm.platform.process import die_with_parent
 from megatron_rocm.tune.shapes import Dtype, Gemm
 from megatron_rocm.tune.trial import Answer
 from megatron_rocm.tune.tuned import FILES, By, Candidate
@@ -121,7 +122,12 @@ class Bench:
         """What the benchmark prints."""
         try:
             done = subprocess.run(
-                words, env={**self.environment, **variables}, capture_output=True, text=True, timeout=SECONDS
+                words,
+                env={**self.environment, **variables},
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                preexec_fn=die_with_parent,
             )
         except OSError as error:
             raise UsageError(f"{self.program} can't be started: {error.strerror}") from None

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         words += [f"--{name.lower()}", value] if name in OPTIONS else [word]
     parser = _Parser(prog="megatron-rocm tune", add_help=False, allow_abbrev=False)
     parser.add_argument("--family", choices=FAMILIES, default="llama3")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", default="")
     parser.add_argument("--candidates", type=int, default=MOST)
     parser.add_argument("words", nargs="*")
     options = parser.parse_intermixed_args(words)
@@ -90,7 +90,9 @@ def main(arguments: Sequence[str]) -> int:
     if here.vendor == "cpu":
         print(NOTHING["cpu"])
         return 0
-    return _tune(resolution, options.out or _folder(resolution), options.candidates)
+    out = Path(options.out) if options.out else _folder(resolution)
+    _require_writable(out)  # before hours of work
+    return _tune(resolution, out, options.candidates)
 
 
 def _request(family: str, words: Sequence[str]) -> RunRequest:
@@ -105,6 +107,12 @@ def _folder(resolution: Resolution) -> Path:
     run = resolution.config
     shape = f"tp{run.parallel.tp}_cp{run.parallel.cp}_mbs{run.training.micro_batch_size}_seq{run.training.seq_length}"
     return Path("gemm_tuning") / f"{run.model.family}_{run.model.size}_{shape}_{resolution.machine.arch}"
+
+
+def _require_writable(out: Path) -> None:
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UsageError(f"--out {out}: can't write in {there}: give a folder of yours")
 
 
 def _plan(resolution: Resolution) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_rocm.tune.shapes import Dtype, Gemm
 from megatron_rocm.tune.trial import Answer
-from megatron_rocm.tune.tuned import FILES, By, Candidate
+from megatron_rocm.tune.tuned import By, Candidate, library_files
 
 DEFAULT = "Default"
 TYPES: dict[Dtype, str] = {"bf16": "BFloat16", "fp16": "Half", "fp32": "float"}
@@ -88,7 +88,7 @@ class TunableOp:
         rows = [
             ",".join((*self._operators[key], kernel.kernel, f"{kernel.us / 1e3}")) for key, kernel in chosen.items()
         ]
-        names = [FILES[self.by].replace("%d", str(number)) for number in range(gpus)]
+        names = library_files(self.by, gpus)
         for name in names:
             (folder / name).write_text("".join(f"{line}\n" for line in (*self._validators, *rows)))
         return names

@@ -11,7 +11,9 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import TypeAdapter
 
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
@@ -87,24 +89,13 @@ class Tuned:
 def load(path: str | Path) -> Tuned:
     """Read what `save` wrote. Raises UsageError for what is no such file."""
     try:
-        fields: dict[str, Any] = json.loads(Path(path).read_text())
-        products = tuple(_product(one) for one in fields.pop("products"))
-        tuned = Tuned(**fields, products=products)
-        if tuned.by not in FILES:
-            raise ValueError
+        return TypeAdapter(Tuned).validate_json(Path(path).read_bytes())
     except OSError as error:
         raise UsageError(
             f"GEMM_TUNING={path}: {error.strerror}; give 0, 1, or a file of `megatron-rocm tune`"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ValueError:
         raise UsageError(f"GEMM_TUNING={path}: not a file of `megatron-rocm tune`; give 0, 1, or such a file") from None
-    return tuned
-
-
-def _product(fields: dict[str, Any]) -> Product:
-    kernel = fields["kernel"] and Candidate(**fields["kernel"])
-    refused = tuple(Refused(**one) for one in fields["refused"])
-    return Product(**{**fields, "names": tuple(fields["names"]), "kernel": kernel, "refused": refused})
 
 
 def kind(value: str) -> Kind:
@@ -115,6 +106,11 @@ def kind(value: str) -> Kind:
 @functools.lru_cache
 def _by(path: str) -> By:
     return load(path).by
+
+
+def library_files(by: By, gpus: int) -> list[str]:
+    """The names of the files that the processes of a node with so many GPUs read."""
+    return list(dict.fromkeys(FILES[by].replace("%d", str(number)) for number in range(gpus)))
 
 
 def library_file(value: str) -> str:
@@ -136,7 +132,9 @@ def check(run: RunConfig, machine: Machine, said: Mapping[str, str], root: Path 
             f"GEMM_TUNING={value} with {rival}={said[rival]}: both choose kernels; unset {rival}, or give GEMM_TUNING=0"
         )
     tuned = load(value)
-    found = _machine_changes(tuned, machine, root) + _file_changes(Path(value), tuned) + _shape_changes(tuned, run)
+    names = library_files(tuned.by, run.parallel.gpus_per_node)
+    found = _machine_changes(tuned, machine, root) + _file_changes(Path(value), tuned, names)
+    found += _shape_changes(tuned, run)
     if found:
         raise UsageError(
             f"GEMM_TUNING={value} does not fit: {'; '.join(found)}. Tune again with `megatron-rocm tune` and the words "
@@ -155,9 +153,9 @@ def _machine_changes(tuned: Tuned, machine: Machine, root: Path) -> list[str]:
     return changes({ARCHITECTURE: tuned.stamp.get(ARCHITECTURE, "")}, {ARCHITECTURE: machine.arch})
 
 
-def _file_changes(path: Path, tuned: Tuned) -> list[str]:
-    """What the library reads must be what was judged."""
-    then = {f"{path.parent / name}": said for name, said in tuned.files.items()}
+def _file_changes(path: Path, tuned: Tuned, names: Iterable[str]) -> list[str]:
+    """What the library reads, `names`, must be what was judged."""
+    then = {f"{path.parent / name}": tuned.files.get(name, "not made") for name in names}
     return changes(then, {file: digest(Path(file)) for file in then})
 
 

@@ -40,6 +40,7 @@ def _work(task: dict[str, Any], answer: TextIO) -> None:
     from megatron_rocm.tune.judge import gaussian, judge, operands
 
     device = products.device()
+    _say(answer, library=library.file(), revision=library.revision())  # known even where a kernel ends this process
     for number, fields in enumerate(task["gemms"]):
         gemm = Gemm(**fields)
         _say(answer, begun=gemm.key)

@@ -388,6 +388,14 @@ def test_nothing_is_measured_without_torch(tmp_path: Path) -> None:
     assert all(found(told.findings, option).status == "warning" for option in ("--network", "--gemm"))
 
 
+@pytest.mark.parametrize("option", ["network", "gemm"])
+def test_no_room_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    here = patient(tmp_path / "root", KINDS["none"], "MODEL_SIZE=tiny", "GPUS_PER_NODE=2")
+    told = found(command.examined(here, **{option: True}).findings, f"--{option}")
+    assert told.status == "problem" and "No such file" in told.found and "TMPDIR" in told.mend
+
+
 def test_a_run_that_is_refused(tmp_path: Path) -> None:
     """What `train` would refuse the doctor does too, also where it is found by the last checks before the start."""
     environment = tree(tmp_path, KINDS["none"])

@@ -1,6 +1,7 @@
 """`meeting_worker.py MASTER PORT RANK NAME=VALUE …`: a node's first process, as far as the nodes' meeting.
 
-They meet once for each NAME=VALUE, which is in the environment for that time.
+They meet once for each NAME=VALUE, which is in the environment for that time: NCCL's as on a GPU, gloo's as without.
+Rank 1 stays away from the meeting of `stays=away`.
 """
 
 import datetime
@@ -20,8 +21,11 @@ store = dist.TCPStore(os.environ["MASTER_ADDR"], port, 2, rank == 0, datetime.ti
 for pair in sys.argv[4:]:
     name, value = pair.split("=", 1)
     os.environ[name] = value
+    if pair == "stays=away" and rank == 1:
+        continue
+    vendor = "nvidia" if name == "NCCL_SOCKET_IFNAME" else "cpu"
     try:
-        meeting.meet(dist.PrefixStore(pair, store), tiny_run(nnodes=2, dp=2), rank)
+        meeting.meet(dist.PrefixStore(pair, store), tiny_run(nnodes=2, dp=2, vendor=vendor, rdzv_timeout=5), rank)
         print(f"{pair}: met")
     except UsageError as error:
         print(f"{pair}: {error}")

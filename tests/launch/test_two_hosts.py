@@ -212,3 +212,19 @@ def test_an_interface_that_leads_elsewhere_is_told_and_the_right_one_works(hosts
         wrong, right = output.split("NCCL_SOCKET_IFNAME=eth1: ")
         assert "node 1, eth0 (192.168.52.1), to node 0, eth0 (192.168.51.1) port " in wrong, output
         assert "no route to that network" in wrong and right == "met\n"
+
+
+def test_each_node_is_told_and_a_node_that_goes_away_is_named(hosts: Hosts, started: Started) -> None:
+    """What one node can't do is in the log of every node; gloo alone does not read NCCL's variable."""
+    for rank, host in enumerate(hosts):
+        started.on(host, *MEET, str(rank), "GLOO_SOCKET_IFNAME=eth0", "stays=away", NCCL_SOCKET_IFNAME="far0")
+    (_, first), (_, second) = started.ends()
+    assert "GLOO_SOCKET_IFNAME=eth0: node 0: the nodes can't reach each other:" in first, first
+    assert "GLOO_SOCKET_IFNAME=eth0: node 1: the nodes can't reach each other:" in second, second
+    assert "stays=away: node 0: node 1 went away before the nodes had tried to reach each other" in first, first
+
+
+def test_a_host_with_nccls_variable_trains_without_a_gpu(hosts: Hosts, started: Started) -> None:
+    for rank, host in enumerate(hosts):
+        started.on(host, *MEET, str(rank), "GLOO_SOCKET_IFNAME=eth1", NCCL_SOCKET_IFNAME="eth0")
+    assert [output for _, output in started.ends()] == ["GLOO_SOCKET_IFNAME=eth1: met\n"] * 2

@@ -15,7 +15,16 @@ from megatron_rocm.config import read
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
 from megatron_rocm.platform.machine import Machine, find
-from megatron_rocm.platform.network import AINIC, LATER, VARIABLES, choose, hcas, interfaces
+from megatron_rocm.platform.network import (
+    AINIC,
+    LATER,
+    VARIABLES,
+    Interface,
+    choose,
+    hcas,
+    interfaces,
+    socket_interface,
+)
 from megatron_rocm.platform.route import NoWay, Way
 from megatron_rocm.platform.settings import LIBRARY_PREFIXES, YOURS
 from megatron_rocm.resolve import resolve
@@ -153,6 +162,11 @@ def test_a_bridge_to_containers_is_refused(tmp_path: Path) -> None:
         choose(two_nodes(), here("h100"), {}, trees.ethernet(tmp_path), over("docker0"))
 
 
+def test_a_network_between_containers_of_several_machines_is_taken(tmp_path: Path) -> None:
+    root = trees.make(tmp_path, [trees.LO, trees.Nic("eth0", "igb"), trees.Nic("flannel.1", kind="virtual")])
+    assert choose(two_nodes(), here("cpu"), {}, root, over("flannel.1"))["GLOO_SOCKET_IFNAME"][0] == "flannel.1"
+
+
 def test_a_plan_for_another_machine_leaves_it_to_the_nodes() -> None:
     chosen = choose(two_nodes(network_interface="bond0"), find("mi300x"), {"NCCL_IB_HCA": "mlx5"})
     assert values(chosen) == {
@@ -250,6 +264,32 @@ def test_network_interface_says_it_for_both_libraries(tmp_path: Path) -> None:
     said = {"NCCL_SOCKET_IFNAME": "xgbe1"}
     chosen = choose(run, here("mi300x"), said, trees.mellanox(tmp_path / "b"), over("xgbe0"))
     assert chosen["NCCL_SOCKET_IFNAME"] == ("xgbe1", YOURS) and chosen["GLOO_SOCKET_IFNAME"][0] == "xgbe3"
+
+
+@pytest.mark.parametrize(
+    ("said", "vendor", "offered"),
+    [
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, "amd", ("eth1", "10.0.0.2")),  # IPv4 first, of all that are meant
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo", "NCCL_SOCKET_FAMILY": "AF_INET6"}, "amd", ("eth0", "fd77::1")),
+        ({"NCCL_SOCKET_IFNAME": "=eth1", "NCCL_SOCKET_FAMILY": "AF_INET6"}, "nvidia", ("eth1", "fd77::2")),
+        ({"NCCL_SOCKET_IFNAME": "far"}, "nvidia", None),
+        ({"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth1"}, "cpu", ("eth1", "10.0.0.2")),
+        ({"GLOO_SOCKET_IFNAME": "eth1"}, "amd", None),
+        ({}, "amd", None),
+    ],
+)
+def test_what_a_library_offers_its_sockets_at(
+    said: dict[str, str], vendor: str, offered: tuple[str, str] | None
+) -> None:
+    addresses = {"docker0": ("172.17.0.1",), "far0": (), "eth0": ("fd77::1",), "eth1": ("10.0.0.2", "fd77::2")}
+    there = [Interface(name, own, True, "ethernet", 0, "") for name, own in addresses.items()]
+    assert socket_interface(said, there, vendor) == offered
+
+
+def test_a_users_word_for_rdma_stays_where_there_is_none(tmp_path: Path) -> None:
+    said = {"NCCL_IB_DISABLE": "0"}
+    chosen = choose(two_nodes(), here("mi300x"), said, trees.ethernet(tmp_path), over("bond0"))
+    assert chosen["NCCL_IB_DISABLE"] == ("0", YOURS)
 
 
 def test_each_of_the_cards_own_settings_says_who_recommends_it() -> None:

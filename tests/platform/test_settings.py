@@ -6,8 +6,10 @@ import datetime
 import importlib.util
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -105,11 +107,13 @@ def settings(*arguments: str, said: dict[str, str] | None = None) -> dict[str, t
     return environment(run.config, run.machine, said or {}, run.request.exports)
 
 
-def in_fp8(fields: dict[str, str], *arguments: str) -> dict[str, tuple[str, str]]:
+def in_fp8(
+    fields: dict[str, str], *arguments: str, said: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, tuple[str, str]]:
     """What the table gives where megatron-core's TransformerConfig has these fields."""
     run = resolved(*arguments)
     core = run.config.core.model_copy(update={"transformer": fields})
-    return environment(run.config.model_copy(update={"core": core}), run.machine, {})
+    return environment(run.config.model_copy(update={"core": core}), run.machine, said, run.request.exports)
 
 
 @pytest.mark.parametrize(("target", "nodes"), [*itertools.product(TARGETS, ("1", "2"))])
@@ -157,6 +161,23 @@ def test_fp8_has_settings_of_its_own(target: str, fp8: dict[str, Any], names: st
 def test_large_models_in_fp8_get_an_allocator_that_grows(size: str, target: str, has: bool) -> None:
     got = in_fp8({"fp8": "hybrid"}, f"TARGET={target}", f"MODEL_SIZE={size}", "NNODES=2")
     assert ("PYTORCH_CUDA_ALLOC_CONF" in got) == has
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+@pytest.mark.parametrize("how", ["environment", "argument"])
+def test_an_allocator_that_the_user_set_by_another_name(name: str, how: str) -> None:
+    words = ("TARGET=mi300x", "MODEL_SIZE=70", "NNODES=2")
+    value = {name: "max_split_size_mb:128"}
+    said, more = (value, ()) if how == "environment" else ({}, (f"{name}={value[name]}",))
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in in_fp8({"fp8": "hybrid"}, *words, *more, said=said)
+
+
+def test_transformer_engine_times_no_kernels_for_mxfp8() -> None:
+    for recipe, has in (("mxfp8", False), ("tensorwise", True)):
+        got = in_fp8({"fp8": "e4m3", "fp8_recipe": recipe}, "TARGET=mi355x", "MODEL_SIZE=8")
+        assert [name in got for name in ("TE_HIPBLASLT_TUNING_RUN_COUNT", "TE_HIPBLASLT_TUNING_ALGO_COUNT")] == [
+            has
+        ] * 2
 
 
 def test_a_value_of_the_users_wins() -> None:

@@ -29,6 +29,35 @@ def test_what_comes_about_goes_on() -> None:
     assert hang(100, 0.1) == (0, "came about\n")
 
 
+FAILS = """
+import os
+from support import tiny_run
+from megatron_rocm.errors import UsageError
+from megatron_rocm.train import meeting
+
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="6000", NCCL_IB_HCA="=mlx5_1:1")
+for nodes in (2, 1):
+    try:
+        with meeting.deadline(100, tiny_run(nnodes=nodes, dp=2), 1):
+            raise RuntimeError("NCCL error: unhandled system error")
+    except (UsageError, RuntimeError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_what_fails_between_nodes_says_over_what() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILS], text=True, timeout=90, capture_output=True,
+        env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"),
+    )  # fmt: skip
+    several, one = done.stdout.splitlines()
+    assert several.startswith(
+        "UsageError node 1: the first collective did not come about, over lo (127.0.0.1) and RDMA ports =mlx5_1:1; "
+        "the master is 127.0.0.1, port 6000 (NCCL error: unhandled system error). "
+    ), done
+    assert one == "RuntimeError NCCL error: unhandled system error"
+
+
 def hang(deadline: float, seconds: float) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-c", HANGS, str(deadline), str(seconds)], text=True, timeout=90,

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +128,58 @@ def test_wrong_kernels_are_refused_and_the_fastest_right_one_is_kept(
     assert "does not fit: hipBLASLt was libhipblaslt.so.1.2 " in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    standin: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megatron_rocm.tune.command._tune", lambda *_: pytest.fail("it went on"))
+    (standin / "file").touch()
+    for out in ("--out=file", "OUT=file/folder"):
+        assert main(["tune", "MODEL_SIZE=8", "TP=1", out]) == 2
+        assert re.search(r"--out file\S*: can't write in \S*file:", capsys.readouterr().err)
+
+
+def test_an_empty_folder_name_is_none(standin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def tune(resolution: object, out: Path, most: int) -> int:
+        found.append(str(out))
+        return 0
+
+    monkeypatch.setattr("megatron_rocm.tune.command._tune", tune)
+    assert main(["tune", "MODEL_SIZE=8", "TP=1", "OUT="]) == 0
+    assert found == ["gemm_tuning/llama3_8_tp1_cp1_mbs1_seq2048_gfx942"]
+
+
+def test_a_benchmark_ends_with_its_tune(tmp_path: Path) -> None:
+    """However that ends: kill -9."""
+    program = tmp_path / bench.PROGRAM
+    program.write_text("#!/bin/sh\necho $$ > pid\nexec sleep 60\n")
+    program.chmod(0o755)
+    words = "from megatron_rocm.tune.bench import Bench\nfrom pathlib import Path\nimport os\n"
+    tune = subprocess.Popen([sys.executable, "-c", f"{words}Bench({str(program)!r}, Path(), os.environ)"], cwd=tmp_path)
+    assert eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    tune.kill()
+    tune.wait()
+    pid = (tmp_path / "pid").read_text().strip()
+    assert eventually(lambda: not running(pid))
+
+
+def eventually(true: Callable[[], object], seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_where_nothing_is_right_nothing_is_written(
     standin: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +227,7 @@ def test_a_kernel_that_kills_its_process_is_refused(standin: Path, monkeypatch: 
     answer = trial.Trials(resolution, standin)("judge", [other, one], tuning=str(file))
     assert answer.rulings[other.key].right
     assert answer.rulings[one.key] == trial.Ruling(False, "its process was killed by SIGSEGV")
+    assert answer.library == str(standin / "libhipblaslt.so.1.2") and answer.revision == tuner.revision
 
 
 def test_without_the_benchmark_torch_tunes_what_it_multiplies(

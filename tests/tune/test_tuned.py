@@ -158,6 +158,32 @@ def test_what_is_no_tuned_file_is_refused(content: str | None, said: str, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    (("stamp", None), ("stamp", "x"), ("stamp", {"GPU": 5}), ("files", ["hipblaslt.txt"]), ("library", 5),
+     ("by", "cublas"), ("by", []), ("products", None), ("products", [{}])),
+)  # fmt: skip
+def test_a_field_of_another_type_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    file = tuned(tmp_path / "tuned", MI300X)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(UsageError, match="not a file of `megatron-rocm tune`"):
+        resolved(MI300X, f"GEMM_TUNING={file}")
+
+
+def test_each_gpu_of_the_run_must_have_its_file(tmp_path: Path) -> None:
+    """One that was tuned where a single GPU was visible would leave the others to the library."""
+    file = tuned(tmp_path / "tuned", MI300X, "tunableop")
+    content = json.loads(file.read_text())
+    del content["files"]["tunableop7.csv"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="tunableop7.csv was not made and is tunableop7.csv"):
+        resolved(MI300X, f"GEMM_TUNING={file}")
+    content["files"] = {}
+    file.write_text(json.dumps(content | {"by": "hipblaslt"}))
+    with pytest.raises(UsageError, match="hipblaslt.txt was not made and is hipblaslt.txt missing"):
+        resolved(MI300X, f"GEMM_TUNING={file}")
+
+
+@pytest.mark.parametrize(
     "name", ("HIPBLASLT_TUNING_OVERRIDE_FILE", "PYTORCH_TUNABLEOP_ENABLED", "TE_HIPBLASLT_ALGO_LOAD")
 )
 def test_two_choices_of_kernels_are_refused(name: str, tmp_path: Path) -> None:
