@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -25,6 +26,9 @@ COMMANDS = {
     "demo": ("megatron_rocm.demo", "data, training, export and a few generated lines, on any machine"),
 }
 
+# What a file or a folder of the user's refuses; other errors of the system are ours to explain.
+THEIRS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line. Returns its exit status: 2 for a mistake, 130 for Ctrl-C, else the sub-command's own."""
@@ -44,14 +48,17 @@ def guarded(command: Callable[[], int]) -> int:
     except UsageError as error:
         print(f"megatron-rocm: {error}", file=sys.stderr)
         return 2
-    except PermissionError as error:
-        print(f"megatron-rocm: {error.filename or 'a file'}: {error.strerror} for this user", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # `… --help | head`; nothing is left to be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in THEIRS:
+            raise
+        if error.filename is None:  # the output; nothing of it is left to be flushed at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno == errno.EPIPE:  # `… --help | head`
+            return 128 + signal.SIGPIPE
+        print(f"megatron-rocm: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _dispatch(words: list[str]) -> int:

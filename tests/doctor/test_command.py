@@ -244,7 +244,21 @@ def test_a_file_that_is_closed_to_this_user(capsys: pytest.CaptureFixture[str]) 
         raise PermissionError(errno.EACCES, "Permission denied", "/data/tokenizer")
 
     assert guarded(refuse) == 2
-    assert capsys.readouterr().err == "megatron-rocm: /data/tokenizer: Permission denied for this user\n"
+    assert capsys.readouterr().err == "megatron-rocm: /data/tokenizer: Permission denied\n"
+
+
+@pytest.mark.parametrize("key", ["DATA_PATH", "TOKENIZER_MODEL"])
+def test_a_name_that_no_file_can_have(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--family", "llama3", "MODEL_SIZE=tiny", "TARGET=cpu", f"{key}=/tmp/{'a' * 300}"]) == 2
+    assert "File name too long" in capsys.readouterr().err
+
+
+def test_an_output_on_a_full_disk() -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -m megatron_rocm.cli doctor --help >/dev/full', sys.executable],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "megatron-rocm: the output: No space left on device\n")
 
 
 @pytest.mark.parametrize(
