@@ -9,6 +9,7 @@ The arguments are the runs' files. Beside each may lie a plan.json, with any of
     sample    the step that trains on this sample is hit (`weight`: before it starts); `last` makes it all up to that
     start     consumed samples that the run starts at instead of its checkpoint's (or 0)
     scale     the loss scale, set before that step
+    fp8       module within each layer that is to have Transformer Engine's state of delayed scaling
     like      folder beside this one's of a run that began with overflows: start where it began to update, at that scale
 
 A run leaves steps.json in its folder: for each step what it came to, and a digest of all that an update changes. How
@@ -30,14 +31,19 @@ from megatron_rocm.platform import cpu
 
 cpu.install()
 
+import fp8_state  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # noqa: E402
 
+from megatron_rocm.model import build as building  # noqa: E402
 from megatron_rocm.model.llama import core  # noqa: E402
 from megatron_rocm.train import distributed, loop, ramp  # noqa: E402
 
+# On a CPU there is no FP8: the layers are the torch-only ones, and what looks for divergence sees what `fp8` attaches.
+building._fp8 = lambda run: {}
+building.fp8.require = lambda run: None
 build, resume, train_step = loop.build, loop.resume, loop.train_step
 
 
@@ -53,6 +59,9 @@ class Planted:
     def build(self, run: RunConfig) -> Any:
         state = build(run)
         plan = self.plan
+        for chunk in map(core, state.model) if "fp8" in plan else ():
+            for layer in chunk.decoder.layers:
+                fp8_state.attach(layer.get_submodule(plan["fp8"]), run)
         if "kind" in plan and dist.get_rank() == plan["rank"]:
             for chunk in map(core, state.model):
                 if plan["kind"] == "loss" and chunk.post_process:

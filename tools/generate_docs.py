@@ -95,8 +95,7 @@ def environment_page() -> str:
         "## Not set, and why\n",
         "What AMD's scripts, images and submissions set besides.\n",
         table(("name", "why not"), [(_names(names), why) for names, why in NOT_SET.items()]),
-        "None of these was measured here on an AMD GPU: they are their sources' advice. The rows for FP8 wait for "
-        "TE_FP8, which is refused so far.\n",
+        "None of these was measured here on an AMD GPU: they are their sources' advice.\n",
     ])  # fmt: skip
 
 

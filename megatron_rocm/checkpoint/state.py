@@ -18,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rocm.checkpoint import shards
 from megatron_rocm.checkpoint.keys import MASTERS
+from megatron_rocm.model.fp8 import scaled_with_delay, without_fp8
 from megatron_rocm.model.fsdp import FullySharded
 from megatron_rocm.model.llama import core
 from megatron_rocm.model.megatron_fsdp import MegatronFullySharded
@@ -75,8 +76,11 @@ def sharded(
     adam_state.initialize(state.optimizer)
     weights = _weights(state, form or {})
     parts = shards.sharded(shards.held(state.model, state.optimizer, weights), stored)
+    for content in weights.values():  # only now: the shards were found by the weights themselves
+        without_fp8(content)
     if stored is not None:
-        weights = {name: _as_stored(content, stored) for name, content in weights.items()}
+        scales = scaled_with_delay(core(state.model[0]).config)
+        weights = {name: _as_stored(content, stored, scales=scales) for name, content in weights.items()}
     return {
         "checkpoint_version": 3.0,
         "iteration": state.iteration,
@@ -148,8 +152,11 @@ def _weights(state: State, form: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _as_stored(weights: dict[str, Any], stored: Collection[str]) -> dict[str, Any]:
+def _as_stored(weights: dict[str, Any], stored: Collection[str], *, scales: bool) -> dict[str, Any]:
     """Transformer Engine's own objects as they are, where the checkpoint has none of them: FSDP does not save them.
+
+    Without `scales`, FP8's delayed ones, they stay so in any case: what Transformer Engine reads of such an object it
+    unpickles, whatever is in it.
 
     A weight in FP32 comes from the master copy where the checkpoint has one: the weight beside it is rounded.
     """
@@ -158,7 +165,7 @@ def _as_stored(weights: dict[str, Any], stored: Collection[str]) -> dict[str, An
             entry.key = next((name + entry.key for name in MASTERS if name + entry.key in stored), entry.key)
     return {
         name: LocalNonpersistentObject(entry.data)
-        if isinstance(entry, ShardedObject) and entry.unique_key not in stored
+        if isinstance(entry, ShardedObject) and not (scales and entry.unique_key in stored)
         else entry
         for name, entry in weights.items()
     }

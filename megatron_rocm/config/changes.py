@@ -56,6 +56,9 @@ ROWS = (
         WARN, "gradients are rounded or scaled otherwise from here on"),
     Row("precision", "gradient_accumulation_fusion rope_fusion fused_single_qkv_rope cross_entropy_loss_fusion cross_entropy_fusion_impl "
         "flash_attention initial_loss_scale", FREE, "other kernels for the same sums, or a beginning that is past"),
+    Row("fp8", "enabled recipe format amax_history amax_algo first_last_bf16 bf16_start bf16_end param_gather", WARN,
+        "the layers' products are rounded otherwise from here on"),
+    Row("fp8", "transpose_cache", FREE, "the same FP8 copies, made more or less often"),
     Row("training", "seq_length", ASK, "samples are cut anew: the position in the data is another, so texts come twice or never"),
     Row("training", "seed", ASK, "the data are shuffled anew: samples come twice or never"),
     Row("training", "global_batch_size rampup", WARN,

@@ -48,6 +48,10 @@ OURS = {
         "recompute_method": "RECOMPUTE_METHOD", "recompute_num_layers": "RECOMPUTE_NUM_LAYERS",
         "recompute_modules": "RECOMPUTE_MODULES", "cpu_offloading": "CPU_OFFLOADING_NUM_LAYERS",
         "cpu_offloading_num_layers": "CPU_OFFLOADING_NUM_LAYERS", "deterministic_mode": "DETERMINISTIC",
+        "fp8": "TE_FP8", "fp8_recipe": "TE_FP8_RECIPE", "fp8_param": "FP8_PARAM_GATHER",
+        "fp8_amax_history_len": "FP8_AMAX_HISTORY", "fp8_amax_compute_algo": "FP8_AMAX_ALGO",
+        "first_last_layers_bf16": "FP8_FIRST_LAST_LAYERS_BF16", "num_layers_at_start_in_bf16": "FP8_BF16_START",
+        "num_layers_at_end_in_bf16": "FP8_BF16_END", "disable_parameter_transpose_cache": "FP8_TRANSPOSE_CACHE",
     },
     "optimizer": {
         "optimizer": "OPTIMIZER", "lr": "LR", "min_lr": "MIN_LR", "weight_decay": "WEIGHT_DECAY",
@@ -57,13 +61,15 @@ OURS = {
         "loss_scale": "LOSS_SCALE", "initial_loss_scale": "INITIAL_LOSS_SCALE", "min_loss_scale": "MIN_LOSS_SCALE",
         "loss_scale_window": "LOSS_SCALE_WINDOW", "hysteresis": "HYSTERESIS",
         "optimizer_cpu_offload": "OPTIMIZER_CPU_OFFLOAD", "optimizer_offload_fraction": "OPTIMIZER_OFFLOAD_FRACTION",
+        "fp8_recipe": "TE_FP8_RECIPE", "reuse_grad_buf_for_mxfp8_param_ag": "FP8_PARAM_GATHER",
     },
     "ddp": {
         "grad_reduce_in_fp32": "GRAD_REDUCE_IN_BF16", "overlap_grad_reduce": "OVERLAP_GRAD_REDUCE",
         "overlap_param_gather": "OVERLAP_PARAM_GATHER", "use_distributed_optimizer": "USE_DISTRIBUTED_OPTIMIZER",
         "use_megatron_fsdp": "MEGATRON_FSDP", "num_distributed_optimizer_instances": "HSDP_NUM_REPLICAS",
         "data_parallel_sharding_strategy": "MEGATRON_FSDP",
-        "check_for_nan_in_grad": "", "average_in_collective": "",
+        "check_for_nan_in_grad": "", "average_in_collective": "", "fp8_param_gather": "FP8_PARAM_GATHER",
+        "reuse_grad_buf_for_mxfp8_param_ag": "FP8_PARAM_GATHER", "keep_fp8_transpose_cache": "FP8_TRANSPOSE_CACHE",
     },
 }  # fmt: skip
 TEXT_TYPES = {"int": int, "float": float, "str": str}

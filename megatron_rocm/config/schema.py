@@ -17,6 +17,7 @@ from pydantic import Field
 
 from megatron_rocm.config.blend import Paths
 from megatron_rocm.config.checkpoint import Checkpoint
+from megatron_rocm.config.fp8 import Fp8
 from megatron_rocm.config.variable import (
     BY_RULE,
     MOST,
@@ -206,7 +207,8 @@ class Training(Section):
         "SPIKE_POLICY", "warn", "on a loss above SPIKE_FACTOR: the same choices", state=OURS
     )
     spike_factor: float = var(
-        "SPIKE_FACTOR", 0.0, "a loss above so many times the recent median is a spike; 0 is off", state=OURS, ge=0, le=MOST,
+        "SPIKE_FACTOR", 0.0, "a loss above so many times the recent median is a spike; 0 is off",
+        text="0; 2 with TE_FP8=1", state=OURS, ge=0, le=MOST,
     )  # fmt: skip
     deterministic: bool = var(
         "DETERMINISTIC", False, "the same bits in every repetition, at some speed: deterministic kernels alone", state=OURS,
@@ -393,6 +395,7 @@ class RunConfig(Section):
     checkpoint: Checkpoint
     logging: Logging
     hardware: Hardware
+    fp8: Fp8 = Fp8()
     core: Core = Core()
     launch: Launch
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.errors import UsageError
-from megatron_rocm.model import fsdp, megatron_fsdp
+from megatron_rocm.model import fp8, fsdp, megatron_fsdp
 from megatron_rocm.model.gradients import DataParallel
 from megatron_rocm.model.init import fill
 from megatron_rocm.model.llama import Llama, core
@@ -98,8 +98,34 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         and not run.training.deterministic,
         cross_entropy_fusion_impl=precision.cross_entropy_fusion_impl if te else "native",
         **_activations(run),
+        **_fp8(run),
         **run.core.transformer,
     )
+
+
+def _fp8(run: RunConfig) -> dict[str, Any]:
+    """Which products are computed in FP8, and how they are scaled."""
+    how = run.fp8
+    if not how.enabled:
+        return {}
+    return {
+        "fp8": how.format,
+        "fp8_recipe": how.recipe,
+        "fp8_amax_history_len": how.amax_history,
+        "fp8_amax_compute_algo": how.amax_algo,
+        "fp8_param": how.param_gather,
+        "first_last_layers_bf16": how.first_last_bf16,
+        "num_layers_at_start_in_bf16": how.bf16_start,
+        "num_layers_at_end_in_bf16": how.bf16_end,
+        "disable_parameter_transpose_cache": not how.transpose_cache,
+    }
+
+
+def _fp8_weights(run: RunConfig) -> dict[str, bool]:
+    """What DistributedDataParallelConfig and OptimizerConfig both want to know of weights kept in FP8."""
+    # Those of MXFP8 lie in no buffer of their own: they are gathered through that of the gradients.
+    mxfp8 = run.fp8.enabled and run.fp8.param_gather and run.fp8.recipe == "mxfp8"
+    return {"reuse_grad_buf_for_mxfp8_param_ag": True} if mxfp8 else {}
 
 
 def _attention_backend(run: RunConfig) -> AttnBackend:
@@ -152,6 +178,9 @@ def ddp_config(run: RunConfig) -> DistributedDataParallelConfig:
         use_distributed_optimizer=run.parallel.distributed_optimizer or run.parallel.megatron_fsdp,
         # The loop looks at the loss and the gradient norm itself, on all ranks at once.
         check_for_nan_in_grad=False,
+        fp8_param_gather=run.fp8.enabled and run.fp8.param_gather,
+        keep_fp8_transpose_cache=run.fp8.enabled and run.parallel.megatron_fsdp and run.fp8.transpose_cache,
+        **_fp8_weights(run),
         **((megatron_fsdp.settings(run) if run.parallel.megatron_fsdp else {}) | run.core.ddp),
     )
 
@@ -177,6 +206,8 @@ def optimizer_config(run: RunConfig) -> OptimizerConfig:
         params_dtype=dtype,
         use_distributed_optimizer=run.parallel.distributed_optimizer or run.parallel.megatron_fsdp,
         overlap_param_gather=run.parallel.overlap_param_gather,
+        fp8_recipe=run.fp8.recipe if run.fp8.enabled else None,
+        **_fp8_weights(run),
         **(_offload(run) | run.core.optimizer),
     )
 
@@ -214,6 +245,8 @@ def build_model(run: RunConfig) -> list[torch.nn.Module]:
     """
     config = transformer_config(run)
     require_attention(config.attention_backend, os.environ)
+    if run.fp8.enabled:
+        fp8.require(run)
     chunks = build_chunks(run, config)
     if run.parallel.fsdp:
         reduce = torch.bfloat16 if run.precision.grad_reduce_in_bf16 else torch.float32

@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from torch.distributed.tensor import DTensor
 
 from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.model.fp8 import set_weight
 
 # What ends a parameter's name → the axis that tensor parallelism cuts, and how many matrices lie stacked in it
 # (gate and up of the SwiGLU are cut each for itself).
@@ -48,7 +49,7 @@ def fill(model: GPTModel, run: RunConfig) -> None:
 def _put(parameter: Any, values: torch.Tensor, run: RunConfig) -> None:
     """Copy; FSDP's parameters get this rank's rows, rounded to the type that other layouts begin with."""
     if not isinstance(parameter, DTensor):
-        parameter.copy_(values)
+        set_weight(parameter, values)
         return
     local = parameter.to_local()
     if hasattr(parameter, "megatron_fsdp_slice"):

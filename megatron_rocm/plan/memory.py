@@ -75,9 +75,10 @@ def lower_bound(run: RunConfig) -> Bound:
     """Weights, gradients and optimizer state of the fullest process, in bytes.
 
     BF16 keeps an FP32 master copy beside Adam's two moments (12 bytes a parameter) or SGD's momentum (8), FP32
-    has no copy; gradients are kept in the type they are reduced in. The distributed optimizer divides its state by
-    DP·CP. FSDP keeps all in FP32, without a copy, and divides all of it. Megatron-FSDP divides all of it too, over
-    the processes of one replica. What OPTIMIZER_CPU_OFFLOAD moves to the host is not counted.
+    has no copy; gradients are kept in the type they are reduced in. FP8_PARAM_GATHER's weights count as one byte. The
+    distributed optimizer divides its state by DP·CP. FSDP keeps all in FP32, without a copy, and divides all of it.
+    Megatron-FSDP divides all of it too, over the processes of one replica. What OPTIMIZER_CPU_OFFLOAD moves to the host
+    is not counted.
     """
     held = parameters_per_process(run)
     share = held / (run.parallel.dp * run.parallel.cp)
@@ -89,7 +90,7 @@ def lower_bound(run: RunConfig) -> Bound:
         share *= run.parallel.hsdp_replicas if run.parallel.hsdp else 1
         kept = share
     full = run.precision.dtype == "fp32"
-    weight = 4 if full else 2
+    weight = 4 if full else 1 if run.fp8.enabled and run.fp8.param_gather else 2
     gradient = 2 if run.precision.grad_reduce_in_bf16 else 4
     state = moments if full else moments + 4
     if run.optimizer.cpu_offload:

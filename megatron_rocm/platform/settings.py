@@ -51,9 +51,8 @@ def facts(run: RunConfig, machine: Machine) -> dict[str, str]:
 
 
 def fp8_recipe(run: RunConfig) -> str:
-    """The FP8 recipe of the linear layers, "no" without FP8. megatron-core's own default is delayed scaling."""
-    core = run.core.transformer
-    return str(core.get("fp8_recipe", "delayed")) if core.get("fp8") else "no"
+    """The FP8 recipe of the linear layers, "no" without FP8."""
+    return run.fp8.recipe if run.fp8.enabled else "no"
 
 
 def _yes(holds: bool) -> str:
@@ -97,11 +96,11 @@ _GPU = ("amd", "nvidia")
 _CDNA = ("gfx90a", "gfx942", "gfx950")
 _CDNA3 = ("gfx942", "gfx950")
 _FP8 = ("delayed", "tensorwise", "blockwise", "mxfp8")
+_TUNED = ("no", "delayed", "tensorwise")  # Transformer Engine times no kernels for MXFP8
 _ATTENTION = (
     "USE_FLASH_ATTN decides, through megatron-core, which ends where an image has set another kind of attention"
 )
 _AMD_FP8 = ("delayed", "tensorwise", "mxfp8")  # AMD's Transformer Engine has no blockwise recipe
-_TUNED = ("no", "delayed", "tensorwise")  # and does not time kernels for MXFP8
 
 SETTINGS = (
     # the host

@@ -93,6 +93,10 @@ def _batch_defaults(draft: Draft, family: str) -> None:
 
 def _other_defaults(draft: Draft, request: RunRequest) -> None:
     draft.default("PRECISION", "bf16")
+    draft.default("TE_FP8", False)
+    draft.default("TE_FP8_RECIPE", "delayed")
+    draft.default("TE_FP8_FORMAT", "hybrid" if draft["TE_FP8_RECIPE"] in ("delayed", "tensorwise") else "e4m3")
+    draft.default("SPIKE_FACTOR", 2.0 if draft["TE_FP8"] else 0.0)
     draft.default("ROPE_SCALING", draft.preset.rope_scaling_factor is not None)
     draft.default("USE_FLASH_ATTN", request.family == "llama2")
     draft.default("LR", 1e-4)
@@ -107,8 +111,11 @@ def _other_defaults(draft: Draft, request: RunRequest) -> None:
     draft.set("WANDB", "WANDB_API_KEY" in request.said, "rule")
     parallel = draft.world > draft.model_parallel
     fully = draft["FSDP"] or draft["MEGATRON_FSDP"]
+    draft.default("FP8_TRANSPOSE_CACHE", not fully)  # it would keep a whole model on each GPU
     # One rank alone would copy all gradients and parameters in each step, and share nothing.
-    asked = any(name in draft and draft[name] for name in ("OPTIMIZER_CPU_OFFLOAD", "OVERLAP_PARAM_GATHER"))
+    asked = any(
+        name in draft and draft[name] for name in ("OPTIMIZER_CPU_OFFLOAD", "OVERLAP_PARAM_GATHER", "FP8_PARAM_GATHER")
+    )
     shares = draft.world > draft["TP"] * draft["PP"] or asked
     draft.default("USE_DISTRIBUTED_OPTIMIZER", draft["OPTIMIZER"] == "adam" and not fully and shares)
     draft.default("OVERLAP_GRAD_REDUCE", parallel and not fully)
@@ -150,6 +157,18 @@ NEEDS: dict[str, tuple[str, Test]] = {
         ("LOSS_SCALE", "INITIAL_LOSS_SCALE", "MIN_LOSS_SCALE", "LOSS_SCALE_WINDOW", "HYSTERESIS"),
         ("PRECISION=fp16", lambda d: d["PRECISION"] == "fp16"),
     ),
+    **dict.fromkeys(
+        ("TE_FP8_RECIPE", "TE_FP8_FORMAT", "FP8_PARAM_GATHER", "FP8_FIRST_LAST_LAYERS_BF16", "FP8_TRANSPOSE_CACHE"),
+        ("TE_FP8=1", lambda d: d["TE_FP8"]),
+    ),
+    **dict.fromkeys(
+        ("FP8_AMAX_HISTORY", "FP8_AMAX_ALGO"),
+        ("TE_FP8=1 TE_FP8_RECIPE=delayed", lambda d: d["TE_FP8"] and d["TE_FP8_RECIPE"] == "delayed"),
+    ),
+    **dict.fromkeys(
+        ("FP8_BF16_START", "FP8_BF16_END"),
+        ("TE_FP8=1 FP8_FIRST_LAST_LAYERS_BF16=1", lambda d: d["TE_FP8"] and d["FP8_FIRST_LAST_LAYERS_BF16"]),
+    ),
     "OPTIMIZER_OFFLOAD_FRACTION": ("OPTIMIZER_CPU_OFFLOAD=1", lambda d: d["OPTIMIZER_CPU_OFFLOAD"]),
     **dict.fromkeys(
         ("RESET_ATTENTION_MASK", "EOD_MASK_LOSS"),
@@ -181,6 +200,8 @@ def _adjust(draft: Draft) -> None:
         )
     if draft["DETERMINISTIC"]:
         draft.adjust("USE_FLASH_ATTN", False, "DETERMINISTIC=1 leaves the choice of a kernel to Transformer Engine")
+    if draft["TE_FP8"]:
+        _adjust_to_fp8(draft)
     for fully in ("FSDP", "MEGATRON_FSDP"):
         if draft[fully]:
             for name in OWN_WAY:
@@ -213,6 +234,20 @@ def _adjust(draft: Draft) -> None:
         )
     if "SAVE_CKPT_PATH" not in draft.origins or not draft["SAVE_CKPT_PATH"]:
         draft.notes.append("SAVE_CKPT_PATH is not set: nothing is saved")
+
+
+def _adjust_to_fp8(draft: Draft) -> None:
+    if draft["FP8_PARAM_GATHER"] and draft["TE_FP8_RECIPE"] == "mxfp8":
+        # Gathered ahead, they would be in the gradients' memory when the next step clears it.
+        draft.adjust(
+            "OVERLAP_PARAM_GATHER", False, "FP8_PARAM_GATHER=1 gathers MXFP8 weights through the gradients' memory"
+        )
+    fully = next((name for name in ("FSDP", "MEGATRON_FSDP") if draft[name]), None)
+    if fully and draft["TE_FP8_RECIPE"] == "delayed" and (draft["SAVE_CKPT_PATH"] or draft["LOAD_CKPT_PATH"]):
+        draft.notes.append(
+            f"TE_FP8_RECIPE=delayed with {fully}=1: its scales are not in checkpoints, so the first steps after a "
+            "resume are rounded coarsely; TE_FP8_RECIPE=tensorwise has none to save"
+        )
 
 
 def _adjust_recompute(draft: Draft) -> None:

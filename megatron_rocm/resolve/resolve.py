@@ -201,11 +201,12 @@ def _fields(section: str) -> list[tuple[str, Any]]:
 
 def _log_dir(draft: Draft, now: datetime.datetime) -> str:
     """The guide's naming: what runs where, then precision, then the time."""
+    precision = "fp8" if draft["TE_FP8"] else draft["PRECISION"]
     what = (
         f"{draft['NNODES']}nodes_rank{draft['NODE_RANK']}_train_{draft['MODEL_SIZE']}B_mbs{draft['MBS']}_bs{draft['BS']}"
         f"_tp{draft['TP']}_pp{draft['PP']}_cp{draft['CP']}_iter{draft['TOTAL_ITERS']}"
     )
-    return f"experiment/{what}/{draft['PRECISION']}/{now:%Y-%m-%d_%H-%M-%S}"
+    return f"experiment/{what}/{precision}/{now:%Y-%m-%d_%H-%M-%S}"
 
 
 def _check_fit(config: RunConfig, request: RunRequest, machine: Machine, facts: DataFacts | None) -> None:

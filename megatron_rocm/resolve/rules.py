@@ -13,6 +13,7 @@ from megatron_rocm.config.changes import unknown_names
 from megatron_rocm.config.presets import Preset
 from megatron_rocm.errors import UsageError
 from megatron_rocm.plan.memory import layers_per_chunk
+from megatron_rocm.platform import fp8
 from megatron_rocm.platform.machine import Machine
 
 
@@ -201,6 +202,44 @@ def _gpus(draft: Draft) -> dict[str, Any]:
     return {"have": len(draft.machine.gpus), "machine": draft.machine.name}
 
 
+def _fp8(draft: Draft) -> dict[str, Any]:
+    """Who has what of FP8, for the messages."""
+    machine, recipe = draft.machine, draft["TE_FP8_RECIPE"]
+    return {
+        "machine": f"{machine.name} ({machine.arch})", "lacks": fp8.without(machine),
+        "why": fp8.RECIPES[recipe].lacking.get(machine.vendor, ""), "choices": " or ".join(fp8.recipes(machine)),
+    }  # fmt: skip
+
+
+def _bf16_layers(draft: Draft) -> dict[str, Any]:
+    return {"most": draft.preset.num_layers // draft["PP"], "layers": draft.preset.num_layers}
+
+
+def _uneven(draft: Draft) -> dict[str, Any]:
+    """The first side of a matrix that FP8's products can't take; no name where all are right."""
+    preset, tp, recipe = draft.preset, draft["TP"], fp8.RECIPES[draft["TE_FP8_RECIPE"]]
+    heads = preset.head_size * preset.num_attention_heads
+    sides = (
+        (f"the hidden size of {preset.title}", preset.hidden_size, "choose another MODEL_SIZE"),
+        (
+            f"the QKV projection's rows with TP={tp}",
+            (heads + 2 * preset.head_size * preset.num_query_groups) // tp,
+            "lower TP",
+        ),
+        (f"the output projection's columns with TP={tp}", heads // tp, "lower TP"),
+        (f"the feed-forward size with TP={tp}", preset.ffn_hidden_size // tp, "lower TP"),
+    )
+    tokens = draft["MBS"] * draft["SEQ_LENGTH"] // draft["CP"]
+    unit = recipe.unit[draft.machine.vendor]
+    change = "change SEQ_LENGTH or MBS"
+    checks = [*((*side, unit) for side in sides), (f"MBS·SEQ_LENGTH with CP={draft['CP']}", tokens, change, unit)]
+    if draft["SEQ_PARALLEL"]:
+        what = f"MBS·SEQ_LENGTH with CP={draft['CP']} and SEQ_PARALLEL=1 over TP={tp}"
+        checks.append((what, tokens // tp, f"{change}, set SEQ_PARALLEL=0", recipe.gathered))
+    wrong = next((check for check in checks if check[1] % check[3]), None)
+    return dict(zip(("side", "size", "way_out", "unit"), wrong, strict=True)) if wrong else {}
+
+
 # In the order they are checked: what a single variable may be comes before what two must agree on.
 RULES = (
     Rule(("NODE_RANK", "NNODES"), always, lambda d: d["NODE_RANK"] < d["NNODES"],
@@ -221,6 +260,36 @@ RULES = (
     Rule(("MEGATRON_FSDP", "OPTIMIZER"), lambda d: d["MEGATRON_FSDP"], lambda d: d["OPTIMIZER"] == "adam",
          "OPTIMIZER={OPTIMIZER} with MEGATRON_FSDP=1: megatron-core shards the state of adam alone; set OPTIMIZER=adam, or "
          "MEGATRON_FSDP=0"),
+    Rule(("TE_FP8",), lambda d: d["TE_FP8"], lambda d: not fp8.without(d.machine),
+         "TE_FP8=1 on {machine}: {lacks}; set TE_FP8=0 for BF16, or plan for a GPU that has it with TARGET=mi300x, mi355x, h100 "
+         "or b200", _fp8),
+    Rule(("TE_FP8",), lambda d: d["TE_FP8"], lambda d: d.machine.tier == "te",
+         "TE_FP8=1: FP8 is computed by Transformer Engine, which is not installed here, or turned off; take an image that has it or "
+         "install it (docs/transformer_engine.md says which), or set TE_FP8=0", _fp8),
+    Rule(("TE_FP8_RECIPE",), lambda d: d["TE_FP8"], lambda d: d["TE_FP8_RECIPE"] in fp8.recipes(d.machine),
+         "TE_FP8_RECIPE={TE_FP8_RECIPE} on {machine}: {why}; set TE_FP8_RECIPE={choices}, or TE_FP8=0", _fp8),
+    Rule(("TE_FP8", "PRECISION"), lambda d: d["TE_FP8"], lambda d: d["PRECISION"] == "bf16",
+         "TE_FP8=1 with PRECISION={PRECISION}: what is not computed in FP8 is in BF16; set PRECISION=bf16, or TE_FP8=0"),
+    Rule(("FP8_FIRST_LAST_LAYERS_BF16", "TE_FP8_RECIPE"), lambda d: d["TE_FP8"] and d["FP8_FIRST_LAST_LAYERS_BF16"],
+         lambda d: d["TE_FP8_RECIPE"] != "delayed",
+         "FP8_FIRST_LAST_LAYERS_BF16=1 with TE_FP8_RECIPE=delayed: megatron-core reduces largest values for all layers at once; "
+         "set TE_FP8_RECIPE=tensorwise, or FP8_FIRST_LAST_LAYERS_BF16=0"),
+    Rule(("FP8_BF16_START", "FP8_BF16_END", "PP"), lambda d: d["TE_FP8"] and d["FP8_FIRST_LAST_LAYERS_BF16"],
+         lambda d: max(d["FP8_BF16_START"], d["FP8_BF16_END"]) <= _bf16_layers(d)["most"],
+         "FP8_BF16_START={FP8_BF16_START}, FP8_BF16_END={FP8_BF16_END}: megatron-core takes at most the {most} layers of a "
+         "pipeline stage ({layers} layers, PP={PP}) for each; set them lower", _bf16_layers),
+    Rule(("FP8_PARAM_GATHER", "FSDP", "MEGATRON_FSDP"), lambda d: d["TE_FP8"] and d["FP8_PARAM_GATHER"],
+         lambda d: not d["FSDP"] and not d["MEGATRON_FSDP"],
+         "FP8_PARAM_GATHER=1 with FSDP={FSDP}, MEGATRON_FSDP={MEGATRON_FSDP}: FSDP-v2 knows no FP8 weights of Transformer Engine 2, "
+         "and Megatron-FSDP's are not proven here; set FP8_PARAM_GATHER=0, products are computed in FP8 all the same"),
+    Rule(("FP8_PARAM_GATHER", "USE_DISTRIBUTED_OPTIMIZER"), lambda d: d["TE_FP8"] and d["FP8_PARAM_GATHER"],
+         lambda d: d["USE_DISTRIBUTED_OPTIMIZER"],
+         "FP8_PARAM_GATHER=1 with USE_DISTRIBUTED_OPTIMIZER=0, OPTIMIZER={OPTIMIZER}: megatron-core gathers FP8 weights from the "
+         "distributed optimizer's adam alone; set USE_DISTRIBUTED_OPTIMIZER=1 OPTIMIZER=adam, or FP8_PARAM_GATHER=0"),
+    Rule(("FP8_PARAM_GATHER", "OPTIMIZER_CPU_OFFLOAD", "TE_FP8_RECIPE"),
+         lambda d: d["TE_FP8"] and d["FP8_PARAM_GATHER"] and d["OPTIMIZER_CPU_OFFLOAD"], lambda d: d["TE_FP8_RECIPE"] == "delayed",
+         "FP8_PARAM_GATHER=1 and OPTIMIZER_CPU_OFFLOAD=1 with TE_FP8_RECIPE={TE_FP8_RECIPE}: megatron-core offloads FP8 weights of "
+         "the delayed recipe alone; set TE_FP8_RECIPE=delayed, FP8_PARAM_GATHER=0 or OPTIMIZER_CPU_OFFLOAD=0"),
     Rule(("FSDP", "PP"), lambda d: d["FSDP"], lambda d: d["PP"] == 1,
          "PP={PP} with FSDP=1: FSDP shards over the whole node group what PP has already cut; set PP=1 or FSDP=0"),
     Rule(("TP", "MODEL_SIZE"), always,
@@ -252,6 +321,9 @@ RULES = (
     Rule(("SEQ_LENGTH", "TP", "CP"), always, lambda d: d["SEQ_LENGTH"] % sequence_unit(d) == 0,
          "SEQ_LENGTH={SEQ_LENGTH} can't be cut by TP={TP} (SEQ_PARALLEL={SEQ_PARALLEL}) and CP={CP}: "
          "set a multiple of {unit}, such as {choice}", _sequence),
+    Rule(("TE_FP8", "TE_FP8_RECIPE", "TP", "SEQ_LENGTH", "MBS"), lambda d: d["TE_FP8"], lambda d: not _uneven(d),
+         "TE_FP8=1: {side} is {size}, and with TE_FP8_RECIPE={TE_FP8_RECIPE} must be a multiple of {unit}: {way_out}, or set TE_FP8=0",
+         _uneven),
     Rule(("USE_DISTRIBUTED_OPTIMIZER", "OPTIMIZER"), lambda d: d["USE_DISTRIBUTED_OPTIMIZER"], lambda d: d["OPTIMIZER"] == "adam",
          "USE_DISTRIBUTED_OPTIMIZER=1 with OPTIMIZER={OPTIMIZER}: megatron-core shards the state of adam alone; "
          "set USE_DISTRIBUTED_OPTIMIZER=0"),

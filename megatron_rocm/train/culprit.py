@@ -16,6 +16,7 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megatron_rocm.model.fp8 import plain, scaled_with_delay
 from megatron_rocm.model.llama import core
 
 MOST_NAMED = 4  # ranks in one message
@@ -39,14 +40,15 @@ def first_not_finite(model: Sequence[Any], again: Callable[[], Any]) -> str:
     with watch.hooked():
         again()
     mine = (_first(_bad_weights(model)), watch.output, watch.gradient, _first(_bad_sums(model)))
-    for found in zip(*_of_all_ranks(mine), strict=True):
+    for found in zip(*of_all_ranks(mine), strict=True):
         seen = [(one.order, one.what, rank) for rank, one in enumerate(found) if one]
         if seen:
             order, what, _ = min(seen)
-            return f"first not finite is {what} {_on(rank for place, _, rank in seen if place == order)}"
+            return f"first not finite is {what} {on(rank for place, _, rank in seen if place == order)}"
+    moved = "FP8's scales, which have moved on since, or " if scaled_with_delay(core(model[0]).config) else ""
     return (
-        "computed again from the same weights and samples, all is finite: look for a fault of the hardware "
-        f"({_on(range(dist.get_world_size()))})"
+        f"computed again from the same weights and samples, all is finite: look for {moved}a fault of the hardware "
+        f"({on(range(dist.get_world_size()))})"
     )
 
 
@@ -58,11 +60,11 @@ def largest(model: Sequence[Any], losses: list[dict[str, Tensor]]) -> str:
     total, tokens = torch.stack([micro["lm loss"] for micro in losses]).sum(0).tolist() if losses else (0.0, 0.0)
     gradients = [(float(piece.abs().max()), name) for name, _, piece in _sums(model) if piece.numel()]
     mine = (total / tokens if tokens else 0.0, max(gradients, default=(0.0, "")))
-    all_of_them = _of_all_ranks(mine)
+    all_of_them = of_all_ranks(mine)
     loss, rank = max((loss, -rank) for rank, (loss, _) in enumerate(all_of_them))
     (_, name), other = max((gradient, -rank) for rank, (_, gradient) in enumerate(all_of_them))
-    text = f"the largest loss, {loss:.4f}, is that of the samples {_on([-rank])}"
-    return f"{text}; the largest gradient is that of {name} {_on([-other])}" if name else text
+    text = f"the largest loss, {loss:.4f}, is that of the samples {on([-rank])}"
+    return f"{text}; the largest gradient is that of {name} {on([-other])}" if name else text
 
 
 class _Watch:
@@ -83,10 +85,10 @@ class _Watch:
             inner = core(chunk)
             handles.append(inner.register_forward_pre_hook(self._begin(number)))
             for name, module in inner.named_modules():
-                handles.append(module.register_forward_hook(self._after(number, *_place(inner, name))))
+                handles.append(module.register_forward_hook(self._after(number, *place(inner, name))))
             for name, parameter in inner.named_parameters():
                 if parameter.requires_grad:
-                    handles.append(parameter.register_hook(self._of_weight(*_place(inner, name))))
+                    handles.append(parameter.register_hook(self._of_weight(*place(inner, name))))
         try:
             yield
         finally:
@@ -135,8 +137,8 @@ def _bad_weights(model: Sequence[Any]) -> Iterator[Seen]:
     for chunk in model:
         inner = core(chunk)
         for number, (name, parameter) in enumerate(inner.named_parameters()):
-            if not _finite(_local(parameter)):
-                layer, what = _place(inner, name)
+            if not _finite(plain(_local(parameter))):
+                layer, what = place(inner, name)
                 yield Seen((layer, number), f"the weight of {what}, before the step,")
 
 
@@ -154,7 +156,7 @@ def _sums(model: Sequence[Any]) -> Iterator[tuple[str, int, Tensor]]:
             gradient = getattr(parameter, "main_grad", None)
             gradient = parameter.grad if gradient is None else gradient
             if gradient is not None:
-                layer, what = _place(inner, name)
+                layer, what = place(inner, name)
                 yield what, layer, mine.get(parameter, _local(gradient))
 
 
@@ -173,7 +175,7 @@ def _shards(chunk: Any) -> dict[Any, Tensor]:
     return pieces
 
 
-def _place(inner: Any, name: str) -> tuple[int, str]:
+def place(inner: Any, name: str) -> tuple[int, str]:
     """(position along the model, what to call it) of a module or parameter of the GPTModel `inner`."""
     match = re.match(r"decoder\.layers\.(\d+)\.?(.*)", name)
     layers = inner.config.num_layers
@@ -198,13 +200,14 @@ def _local(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def _of_all_ranks(mine: Any) -> list[Any]:
+def of_all_ranks(mine: Any) -> list[Any]:
+    """What each rank has to say."""
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, mine)
     return answers
 
 
-def _on(ranks: Any) -> str:
+def on(ranks: Any) -> str:
     """The ranks by number, each with its place in the layout."""
     listed = list(ranks)
     named = ", ".join(f"{rank} ({_coordinates(rank)})" for rank in listed[:MOST_NAMED])

@@ -11,6 +11,7 @@ from megatron_rocm.config.schema import RunConfig, Training
 
 WINDOW = 32  # losses that the median is taken of
 FEWEST = 8  # before there are so many, no loss is a spike
+MOST_CUT = 8.0  # a value so many times what FP8's scale can hold is cut by three of E4M3's fifteen binades
 
 Policy = Literal["warn", "skip", "stop", "rollback"]
 
@@ -45,6 +46,19 @@ def of_loss(training: Training, recent: Sequence[float], loss: float) -> Fault |
         f"the lm loss is {loss:.4f}, more than {training.spike_factor:g} times {usual:.4f}, the recent losses' median"
     )
     return Fault("spike", training.spike_policy, what)
+
+
+def of_amax(training: Training, times: float, what: str) -> Fault | None:
+    """The fault of a step with a value, `what`, so many times what its FP8 scale was made for; Inf is no number."""
+    if not math.isfinite(times):
+        return Fault("nan", training.nan_policy, f"FP8: {what}")
+    if not training.spike_factor or times <= MOST_CUT:
+        return None
+    cut = (
+        f"FP8: {what}, {times:.0f} times what its scale was made for, and was cut (TE_FP8_RECIPE=tensorwise scales "
+        "each tensor by itself)"
+    )
+    return Fault("spike", training.spike_policy, cut)
 
 
 def of_gradient(training: Training, norm: float) -> Fault | None:

@@ -18,7 +18,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from megatron_rocm.checkpoint.state import State
 from megatron_rocm.config.schema import RunConfig
 from megatron_rocm.model import documents
-from megatron_rocm.train import culprit, faults, ramp, signals
+from megatron_rocm.train import amax, culprit, faults, ramp, signals
 from megatron_rocm.train.batches import Batch, Recorded
 from megatron_rocm.train.faults import Fault
 from megatron_rocm.train.fused import clipped
@@ -70,9 +70,14 @@ def train_step(run: RunConfig, state: State, batches: Batches) -> Result:
     recorded = [None if one is None else Recorded(one) for one in batches]
     losses = _gradients(run, state, recorded)
     loss, asked = mean_loss(losses)
+    cut = _beyond_fp8(run, state)
     fault = faults.of_loss(training, state.recent_losses, loss)
     if fault:
         fault = _with_place(run, state, recorded, losses, fault)
+    if cut and (not fault or (fault.kind, cut.kind) == ("spike", "nan")):
+        fault = cut
+    elif cut and fault:
+        fault = fault._replace(what=f"{fault.what}; {cut.what}")
     grad_norm, updated = math.nan, False
     if not (fault and fault.leaves_out):
         grad_norm, overflow = gradient_norm(optimizer)
@@ -82,6 +87,8 @@ def train_step(run: RunConfig, state: State, batches: Batches) -> Result:
             if not (overflow or found.leaves_out):
                 optimizer.prepare_grads()  # those of the second computation, which are the same
         updated = not (overflow or (fault and fault.leaves_out))
+    if fault and fault.kind == "nan" and run.fp8.enabled:
+        amax.forget(state.model)
     if updated:
         update(optimizer, grad_norm)
         state.scheduler.step(increment=training.global_batch_size)
@@ -105,6 +112,15 @@ def _gradients(run: RunConfig, state: State, batches: Batches) -> Losses:
     state.optimizer.zero_grad()
     count = ramp.micro_batches(run.training, state.consumed_samples)
     return _schedule(run, state.model, batches, count, forward_only=False)
+
+
+def _beyond_fp8(run: RunConfig, state: State) -> Fault | None:
+    """The fault of a step with values that FP8's delayed scales could not hold; other recipes have none."""
+    if not run.fp8.enabled or run.fp8.recipe != "delayed":
+        return None
+    count = ramp.micro_batches(run.training, state.consumed_samples)
+    seen = amax.worst(state.model, count, faults.MOST_CUT)
+    return seen and faults.of_amax(run.training, *seen)
 
 
 def loss_scale(optimizer: MegatronOptimizer) -> float:

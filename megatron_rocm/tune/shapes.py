@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_rocm.config.schema import RunConfig
+from megatron_rocm.errors import UsageError
 from megatron_rocm.plan.memory import layers_per_chunk
 
 Phase = Literal["forward", "dgrad", "wgrad"]
@@ -67,8 +68,13 @@ def gemms(run: RunConfig) -> tuple[Gemm, ...]:
     """The products of each linear layer (qkv, proj, fc1, fc2, head), its forward pass and both gradients.
 
     With TP, CP, PP, MBS and recomputation as configured. Attention's own products are not among them: its kernels are
-    fused and choose for themselves.
+    fused and choose for themselves. Raises UsageError for a run in FP8.
     """
+    if run.fp8.enabled:
+        raise UsageError(
+            "TE_FP8=1: products of FP8 are neither listed nor tuned: torch can't multiply them as Transformer Engine "
+            "does, so that a kernel could be judged. Set TE_FP8=0 here, and GEMM_TUNING=1 or 0 for training in FP8"
+        )
     tokens = run.training.micro_batch_size * run.training.seq_length // run.parallel.cp
     return tuple(gemm for layer in linears(run) for gemm in _passes(run, layer, tokens))
 

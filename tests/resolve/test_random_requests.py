@@ -45,6 +45,9 @@ SENSIBLE |= {
     "NAN_POLICY": st.sampled_from(["warn", "skip", "stop", "rollback"]),
     "SPIKE_POLICY": st.sampled_from(["warn", "skip", "stop", "rollback"]),
     "OPTIMIZER_OFFLOAD_FRACTION": st.sampled_from(["0.5", "1"]),
+    "TE_FP8_RECIPE": st.sampled_from(["delayed", "tensorwise", "blockwise", "mxfp8"]),
+    "TE_FP8_FORMAT": st.sampled_from(["hybrid", "e4m3"]),
+    "FP8_AMAX_ALGO": st.sampled_from(["max", "most_recent"]),
 }
 SENSIBLE |= {other.name: st.sampled_from(other.passes or ("1", "2")) for other in OTHERS if other.name != "TARGET"}
 SENSIBLE |= {

@@ -98,6 +98,13 @@ def test_a_deterministic_run_times_nothing_but_takes_a_file(tmp_path: Path) -> N
     assert "HIPBLASLT_TUNING_OVERRIDE_FILE" in resolved(MI300X, f"GEMM_TUNING={file}", "DETERMINISTIC=1").environment
 
 
+def test_a_file_is_none_for_fp8(tmp_path: Path) -> None:
+    file = tuned(tmp_path / "tuned", MI300X)
+    with pytest.raises(UsageError, match="GEMM_TUNING=1 or 0 for training in FP8"):
+        resolved(MI300X, f"GEMM_TUNING={file}", "TE_FP8=1")
+    assert resolved(MI300X, "GEMM_TUNING=1", "TE_FP8=1").environment["TE_HIPBLASLT_TUNING_RUN_COUNT"][0] == "10"
+
+
 def edited(file: Path, **fields: Any) -> None:
     content = json.loads(file.read_text())
     for name, value in fields.items():
